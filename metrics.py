@@ -1,0 +1,98 @@
+"""The measures that both tasks report, worked out by hand with NumPy: no loop over samples, no scikit-learn."""
+
+import numpy as np
+
+
+def _checked(y_true, y_pred, kind):
+    """Both arguments as arrays, or ValueError if they are empty, of different shapes, or hold NaN or infinity."""
+    y_true, y_pred = np.asarray(y_true), np.asarray(y_pred)
+    if y_true.shape != y_pred.shape:
+        raise ValueError(f"y_true has shape {y_true.shape}, y_pred has shape {y_pred.shape}: they must be the same")
+    if y_true.size == 0:
+        raise ValueError("y_true and y_pred are empty: there is nothing to measure")
+    for name, values in (("y_true", y_true), ("y_pred", y_pred)):
+        if not np.issubdtype(values.dtype, kind):
+            raise ValueError(f"{name} has values of type {values.dtype}, not {kind.__name__}")
+        if not np.isfinite(values).all():
+            raise ValueError(f"{name} holds NaN or infinite values")
+    return y_true, y_pred
+
+
+def confusion_matrix(y_true, y_pred, num_classes):
+    """Count how often each class was taken for each: (K, K) int64, rows the truth, columns the prediction.
+
+    y_true, y_pred: (N,) integers in 0..K-1; num_classes: K.
+    Raises ValueError for arrays of different or other shapes, empty ones, and labels outside 0..K-1.
+    """
+    y_true, y_pred = _checked(y_true, y_pred, np.integer)
+    if y_true.ndim != 1:
+        raise ValueError(f"labels must be a vector, not of shape {y_true.shape}")
+    if min(y_true.min(), y_pred.min()) < 0 or max(y_true.max(), y_pred.max()) >= num_classes:
+        raise ValueError(f"labels must lie in 0..{num_classes - 1}")
+    # The pair (truth, prediction) is one number in base K, so one count over N numbers fills the matrix. int64
+    # first: K * truth would overflow the small integer types that labels are often kept in.
+    pairs = num_classes * y_true.astype(np.int64) + y_pred.astype(np.int64)
+    return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def _checked_matrix(matrix):
+    """The confusion matrix as an array, or ValueError if it is no square table of counts with at least one sample."""
+    matrix = np.asarray(matrix)
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise ValueError(f"a confusion matrix is square, this one has shape {matrix.shape}")
+    if not np.isfinite(matrix).all() or (matrix < 0).any() or matrix.sum() == 0:
+        raise ValueError("a confusion matrix holds counts, not all of them zero")
+    return matrix
+
+
+def accuracy(matrix):
+    """Share of the samples on the diagonal of a (K, K) confusion matrix, a float in 0..1; ValueError if it is none."""
+    matrix = _checked_matrix(matrix)
+    return float(np.trace(matrix) / matrix.sum())
+
+
+def precision_recall_f1(matrix, average=None):
+    """Precision, recall and F1 of each class, or their average, from a (K, K) confusion matrix.
+
+    For class k with TP = matrix[k, k]:  precision = TP / column sum,  recall = TP / row sum,
+    F1 = 2 * precision * recall / (precision + recall) = 2 TP / (row sum + column sum).
+    A class that is never predicted or never present scores 0, not NaN.
+    average: None gives three (K,) float arrays; "macro" three floats, the plain mean over the classes (of F1 too: not
+    the F1 of the mean precision and recall); "weighted" three floats, the mean weighted by the class's row sum.
+    Raises ValueError for another average, and for a matrix that is not square, empty, or holds no counts.
+    """
+    matrix = _checked_matrix(matrix)
+    hits, support, predicted = np.diagonal(matrix), matrix.sum(axis=1), matrix.sum(axis=0)
+    # Where a denominator is 0 the numerator is 0 too: the score stays at the 0 of `out`.
+    scores = [
+        np.divide(numerator, denominator, out=np.zeros(len(matrix)), where=denominator > 0)
+        for numerator, denominator in ((hits, predicted), (hits, support), (2 * hits, predicted + support))
+    ]
+    if average is None:
+        return tuple(scores)
+    if average == "macro":
+        return tuple(float(score.mean()) for score in scores)
+    if average == "weighted":
+        return tuple(float(score @ support / support.sum()) for score in scores)
+    raise ValueError(f'average must be None, "macro" or "weighted", not {average!r}')
+
+
+def _absolute_errors(y_true, y_pred):
+    """|y_true - y_pred| in float64: differences of small or unsigned integers would wrap around."""
+    y_true, y_pred = _checked(y_true, y_pred, np.number)
+    return np.abs(y_true.astype(np.float64) - y_pred.astype(np.float64))
+
+
+def mean_error(y_true, y_pred):
+    """Mean absolute error over all elements of two arrays of one shape, in their unit; ValueError if unfit."""
+    return float(_absolute_errors(y_true, y_pred).mean())
+
+
+def median_error(y_true, y_pred):
+    """Median absolute error over all elements of two arrays of one shape, in their unit; ValueError if unfit."""
+    return float(np.median(_absolute_errors(y_true, y_pred)))
+
+
+def rmse(y_true, y_pred):
+    """Root of the mean squared error over all elements, in the arrays' unit; ValueError if unfit."""
+    return float(np.sqrt(np.mean(_absolute_errors(y_true, y_pred) ** 2)))

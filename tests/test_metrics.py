@@ -1,0 +1,112 @@
+"""The metrics against numbers counted by hand."""
+
+import numpy as np
+import pytest
+
+from metrics import accuracy, confusion_matrix, mean_error, median_error, precision_recall_f1, rmse
+
+# Ten samples of four classes. By hand:       predicted
+#   class 0: 4 samples, 3 hit, 1 taken for 1   3 1 0 0
+#   class 1: 3 samples, 2 hit, 1 taken for 0   1 2 0 0
+#   class 2: 3 samples, never predicted        2 1 0 0
+#   class 3: no samples, never predicted       0 0 0 0
+TRUTH = [0, 0, 0, 0, 1, 1, 1, 2, 2, 2]
+GUESS = [0, 0, 0, 1, 1, 1, 0, 0, 0, 1]
+MATRIX = np.array([[3, 1, 0, 0], [1, 2, 0, 0], [2, 1, 0, 0], [0, 0, 0, 0]])
+
+
+def test_confusion_matrix_by_hand():
+    matrix = confusion_matrix(TRUTH, GUESS, 4)
+    assert matrix.dtype == np.int64
+    assert np.array_equal(matrix, MATRIX)
+
+
+def test_small_integer_types_do_not_overflow():
+    labels = np.full(3, 15, np.uint8)  # 15 * 16 + 15 = 255 fits, 20 * 21 + 20 = 440 does not
+    assert confusion_matrix(labels, labels, 16)[15, 15] == 3
+    assert confusion_matrix(labels + 5, labels + 5, 21)[20, 20] == 3
+
+
+def test_accuracy_by_hand():
+    assert accuracy(MATRIX) == 0.5  # (3 + 2) / 10
+
+
+def test_scores_of_each_class_by_hand():
+    precision, recall, f1 = precision_recall_f1(MATRIX)
+    assert precision == pytest.approx([3 / 6, 2 / 4, 0, 0])
+    assert recall == pytest.approx([3 / 4, 2 / 3, 0, 0])
+    # Class 0: 2 * 1/2 * 3/4 / (5/4) = 3/5; class 1: 2 * 1/2 * 2/3 / (7/6) = 4/7
+    assert f1 == pytest.approx([3 / 5, 4 / 7, 0, 0])
+
+
+def test_averages_by_hand():
+    assert precision_recall_f1(MATRIX, "macro") == pytest.approx(
+        [(1 / 2 + 1 / 2) / 4, (3 / 4 + 2 / 3) / 4, (3 / 5 + 4 / 7) / 4]
+    )
+    # Weights 4/10, 3/10, 3/10, 0
+    assert precision_recall_f1(MATRIX, "weighted") == pytest.approx(
+        [0.4 / 2 + 0.3 / 2, 0.4 * 3 / 4 + 0.3 * 2 / 3, 0.4 * 3 / 5 + 0.3 * 4 / 7]
+    )
+    assert all(isinstance(value, float) for value in precision_recall_f1(MATRIX, "macro"))
+
+
+def test_scores_do_not_depend_on_the_scale_of_the_matrix():
+    assert precision_recall_f1(MATRIX / 10)[2] == pytest.approx(precision_recall_f1(MATRIX)[2])
+
+
+def test_perfect_predictions_score_one():
+    matrix = confusion_matrix([0, 1, 2], [0, 1, 2], 3)
+    assert accuracy(matrix) == 1.0
+    assert precision_recall_f1(matrix, "macro") == precision_recall_f1(matrix, "weighted") == (1.0, 1.0, 1.0)
+
+
+def test_errors_by_hand():
+    truth, forecast = np.array([[1.0, 2.0], [3.0, 4.0]]), np.array([[2.0, 2.0], [0.0, 10.0]])
+    assert mean_error(truth, forecast) == 2.5  # absolute errors 1, 0, 3, 6
+    assert median_error(truth, forecast) == 2.0
+    assert rmse(truth, forecast) == pytest.approx(np.sqrt(46 / 4))
+
+
+def test_errors_of_unsigned_integers_do_not_wrap():
+    assert mean_error(np.array([1, 2], np.uint8), np.array([2, 4], np.uint8)) == 1.5
+
+
+@pytest.mark.parametrize("measure", [mean_error, median_error, rmse])
+@pytest.mark.parametrize(
+    ("truth", "forecast"),
+    [
+        ([], []),
+        ([1.0], [1.0, 2.0]),
+        ([[1.0, 2.0]], [[1.0], [2.0]]),
+        ([np.nan], [1.0]),
+        ([1.0], [np.inf]),
+        (["a"], ["b"]),
+    ],
+)
+def test_unfit_errors_are_refused(measure, truth, forecast):
+    with pytest.raises(ValueError):
+        measure(truth, forecast)
+
+
+@pytest.mark.parametrize(
+    ("truth", "guess"),
+    [([], []), ([0, 1], [0]), ([[0]], [[0]]), ([0, 4], [0, 0]), ([0, 0], [-1, 0]), ([0.0, 1.0], [0.0, 1.0])],
+)
+def test_unfit_labels_are_refused(truth, guess):
+    with pytest.raises(ValueError):
+        confusion_matrix(truth, guess, 4)
+
+
+@pytest.mark.parametrize(
+    "matrix", [np.zeros((2, 2)), np.ones((2, 3)), np.ones(4), [[1, -1], [0, 1]], [[np.nan, 1], [1, 1]]]
+)
+def test_unfit_matrices_are_refused(matrix):
+    with pytest.raises(ValueError):
+        accuracy(matrix)
+    with pytest.raises(ValueError):
+        precision_recall_f1(matrix)
+
+
+def test_unknown_average_is_refused():
+    with pytest.raises(ValueError, match="micro"):
+        precision_recall_f1(MATRIX, "micro")
