@@ -9,6 +9,8 @@ T steps, B sequences in the batch, D inputs, h hidden units, Q outputs. `s` in t
 import torch
 from torch import nn
 
+import bptt
+
 # For each cell the gates in the order of its parameters (each has W_x., W_h. and b_.), and its number of directions.
 GATES = {"rnn": "h", "gru": "zrh", "lstm": "ifoc", "bi_lstm": "ifoc"}
 DIRECTIONS = {"rnn": 1, "gru": 1, "lstm": 1, "bi_lstm": 2}
@@ -159,21 +161,25 @@ def lstm_steps(inputs, state, params):
     return torch.stack(states), (H, C)
 
 
-STEPS = {"rnn": rnn_steps, "gru": gru_steps, "lstm": lstm_steps}
+PLAIN = {"rnn": rnn_steps, "gru": gru_steps, "lstm": lstm_steps}
+FAST = {"rnn": bptt.rnn, "gru": bptt.gru, "lstm": bptt.lstm}  # the same functions, differentiated by hand
 
 
-def hidden_states(cell, inputs, state, params, lengths=None):
+def hidden_states(cell, inputs, state, params, lengths=None, steps=FAST):
     """All hidden states (T, B, h), (T, B, 2h) for "bi_lstm", and the last state: a recurrence without Y = H W_hq + b_q.
 
     lengths (B,), for batches of sequences padded on the right: the backward direction then starts at each sequence's
     own last step. Up to its length a sequence's states do not depend on the padding; behind it they mean nothing.
+    steps: the loops to use, FAST or PLAIN.
     """
     if _checked_cell(cell) != "bi_lstm":
-        return STEPS[cell](inputs, state, params[:-2])
+        return steps[cell](inputs, state, params[:-2])
     forward, backward = state
-    H, forward = lstm_steps(inputs, forward, params[:12])
-    H_b, backward = lstm_steps(reverse(inputs, lengths), backward, params[12:24])
-    return torch.cat([H, reverse(H_b, lengths)], dim=2), (forward, backward)
+    H, forward = steps["lstm"](inputs, forward, params[:12])
+    H_b, backward = steps["lstm"](reverse(inputs, lengths), backward, params[12:24])
+    # Joined where a step's memory is (h, B): the fast states are views of that, and are copied only once.
+    both = torch.cat([H.transpose(1, 2), reverse(H_b, lengths).transpose(1, 2)], dim=1)
+    return both.transpose(1, 2), (forward, backward)
 
 
 def reverse(sequences, lengths=None):
@@ -185,10 +191,15 @@ def reverse(sequences, lengths=None):
     return sequences.gather(0, source[:, :, None].expand_as(sequences))
 
 
-def _outputs(cell, inputs, state, params, lengths=None):
-    states, state = hidden_states(cell, inputs, state, params, lengths)
+def _outputs(cell, inputs, state, params, lengths=None, steps=FAST):
+    states, state = hidden_states(cell, inputs, state, params, lengths, steps)
     W_hq, b_q = params[-2:]
-    return states @ W_hq + b_q, state
+    return _output(states, W_hq, b_q), state
+
+
+def _output(states, W_hq, b_q):
+    """Y = H W_hq + b_q for states (T, B, h), taken as W_hq^T H^T because their memory is (T, h, B)."""
+    return (W_hq.t() @ states.transpose(1, 2)).transpose(1, 2) + b_q
 
 
 def rnn(inputs, state, params):
@@ -249,8 +260,8 @@ class Recurrence(nn.Module):
         return hidden_states(self.cell, inputs, state, self.params, lengths)[0]
 
     def output(self, states):
-        """Y = H W_hq + b_q for states (..., h)."""
-        return states @ self.W_hq + self.b_q
+        """Y = H W_hq + b_q for states (T, B, h)."""
+        return _output(states, self.W_hq, self.b_q)
 
 
 POOLS = ("last", "mean", "max")
@@ -300,4 +311,4 @@ class TextClassifier(nn.Module):
         inputs = sum(embedding(ids) for embedding, ids in zip(self.embeddings, tokens.unbind(2), strict=True))
         states = self.recurrence(self.dropout(inputs), lengths)
         pooled = pool_states(states, lengths, self.pool, DIRECTIONS[self.recurrence.cell])
-        return self.recurrence.output(self.dropout(pooled))
+        return self.recurrence.output(self.dropout(pooled)[None])[0]

@@ -1,0 +1,74 @@
+"""The fast recurrences against their definition, the plain loops of `rnn_models`."""
+
+import gc
+
+import pytest
+import torch
+
+import bptt
+from rnn_models import FAST, PLAIN, hidden_states, init_params, init_state
+
+SIZES = [(1, 1, 1, 1), (1, 4, 3, 2), (5, 1, 3, 2), (4, 3, 250, 5), (6, 5, 4, 60)]  # T, B, D, h
+SIZES += [tuple(torch.randint(1, 9, (4,), generator=torch.Generator().manual_seed(k)).tolist()) for k in range(8)]
+
+
+def values_and_gradients(steps, cell, inputs, state, params, weights):
+    """All states, the last state, and the gradients of a weighted sum of both, as one list."""
+    states, last = steps[cell](inputs, state, params)
+    loss = sum((part * weight).sum() for part, weight in zip((states, *last), weights, strict=True))
+    return [states, *last, *torch.autograd.grad(loss, [inputs, *state, *params])]
+
+
+@pytest.mark.parametrize("cell", FAST)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+def test_the_fast_form_is_the_plain_loop(cell, size, dtype, tolerance):
+    T, B, D, h = size
+    torch.manual_seed(sum(size))
+    params = [param.detach().to(dtype) for param in init_params(cell, D, h, 1)[:-2]]
+    params = [(param + 0.1 * torch.randn_like(param)).requires_grad_() for param in params]
+    inputs = torch.randn(T, B, D, dtype=dtype, requires_grad=True)
+    state = tuple(torch.randn(B, h, dtype=dtype, requires_grad=True) for _ in range(2 if cell == "lstm" else 1))
+    weights = [torch.randn(T, B, h, dtype=dtype), *(torch.randn(B, h, dtype=dtype) for _ in state)]
+    plain = values_and_gradients(PLAIN, cell, inputs, state, params, weights)
+    fast = values_and_gradients(FAST, cell, inputs, state, params, weights)
+    for expected, found in zip(plain, fast, strict=True):
+        assert torch.allclose(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_both_forms_agree_in_both_directions_on_padded_sequences():
+    torch.manual_seed(0)
+    params = [param.detach().double() for param in init_params("bi_lstm", 3, 4, 2)]
+    inputs, lengths = torch.randn(6, 3, 3, dtype=torch.float64), torch.tensor([6, 1, 4])
+    state = init_state("bi_lstm", 3, 4, dtype=torch.float64)
+    plain, fast = (hidden_states("bi_lstm", inputs, state, params, lengths, steps)[0] for steps in (PLAIN, FAST))
+    assert torch.allclose(plain, fast, atol=1e-12)
+
+
+@pytest.mark.parametrize("cell", FAST)
+def test_memory_that_is_used_again_is_never_still_in_use(cell):
+    # Results are kept while more are computed in the memory that was given back; a backward pass comes late.
+    torch.manual_seed(1)
+    params = [param.detach().requires_grad_() for param in init_params(cell, 3, 4, 1)[:-2]]
+    state = init_state(cell, 2, 4)
+    inputs = [torch.randn(7, 2, 3) for _ in range(6)]
+    kept = []
+    for X in inputs:
+        FAST[cell](torch.randn(7, 2, 3), state, params)[0].sum().backward()  # its memory is free at once
+        gc.collect()
+        kept.append(FAST[cell](X, state, params)[0])
+    assert bptt._free, "no memory has been given back"
+    for X, states in zip(inputs, kept, strict=True):
+        plain = PLAIN[cell](X, state, params)[0]
+        assert torch.allclose(states, plain, atol=1e-5)
+        fast_gradients = torch.autograd.grad(states.square().sum(), params)
+        for found, expected in zip(fast_gradients, torch.autograd.grad(plain.square().sum(), params), strict=True):
+            assert torch.allclose(found, expected, atol=1e-4)
+
+
+def test_a_second_derivative_is_refused():
+    params = init_params("rnn", 2, 3, 1)[:-2]
+    states, _ = FAST["rnn"](torch.randn(4, 2, 2), init_state("rnn", 2, 3), params)
+    (gradient,) = torch.autograd.grad(states.sum(), params[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="twice"):
+        gradient.sum().backward()
