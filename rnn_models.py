@@ -312,3 +312,21 @@ class TextClassifier(nn.Module):
         states = self.recurrence(self.dropout(inputs), lengths)
         pooled = pool_states(states, lengths, self.pool, DIRECTIONS[self.recurrence.cell])
         return self.recurrence.output(self.dropout(pooled)[None])[0]
+
+
+class Forecaster(nn.Module):
+    """Recurrence over the known steps, and all steps ahead at once from what it ends with."""
+
+    def __init__(self, cell, num_inputs, num_hiddens, horizon, dropout=0.0):
+        """num_inputs: D features a step; num_hiddens: h; horizon: steps ahead; dropout: share of the inputs to the
+        output layer that is set to zero in training. Raises ValueError for an unknown cell."""
+        super().__init__()
+        self.recurrence = Recurrence(cell, num_inputs, num_hiddens, horizon)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, inputs):
+        """Forecasts (B, horizon) from the known steps (T, B, D); the backward direction reads only those, too."""
+        states = self.recurrence(inputs)
+        lengths = torch.full((inputs.shape[1],), len(inputs), device=inputs.device)
+        last = pool_states(states, lengths, "last", DIRECTIONS[self.recurrence.cell])
+        return self.recurrence.output(self.dropout(last)[None])[0]

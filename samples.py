@@ -59,7 +59,7 @@ def temperatures(years=8, seed=0):
     rng = np.random.default_rng(seed)
     stamps = pd.date_range("2009-01-01", f"{2009 + years}-01-01", freq="h", inclusive="left")
     hours = len(stamps)
-    summer = -np.cos(2 * np.pi * (stamps.dayofyear.to_numpy() - 15) / 365.25)  # -1 in mid-January, 1 in mid-July
+    summer = -np.cos(2 * np.pi * (stamps.day_of_year.to_numpy() - 15) / 365.25)  # -1 in mid-January, 1 in mid-July
     cycles = 10 + 10 * summer + (3 + 1.5 * summer) * np.sin(2 * np.pi * (stamps.hour.to_numpy() - 9) / 24)
 
     kept = np.exp(-1 / (36 - 18 * summer))  # share of the noise left after an hour

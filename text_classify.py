@@ -41,13 +41,21 @@ def parse_args(arguments=None):
     """The command line as a namespace."""
     parser = training.Parser(description=__doc__, formatter_class=training.argparse.RawDescriptionHelpFormatter)
     training.add_training_options(
-        parser, model="lstm", epochs=20, batch_size=64, hidden=128, dropout=0.3, lr=1e-3, schedule="linear"
+        parser,
+        model="lstm",
+        epochs=6,
+        batch_size=64,
+        hidden=128,
+        dropout=0.3,
+        lr=4e-3,
+        schedule="linear",
+        average=0.998,
     )
     add = parser.add_argument
     add(
         "--tokens",
         choices=["word", "char", "both"],
-        default="word",
+        default="both",
         help="jieba's words; characters; or characters that know their word and place in it (default: %(default)s)",
     )
     add("--embedding", type=number(int, 1), default=128, help="size of a token's embedding (default: %(default)s)")
@@ -57,8 +65,14 @@ def parse_args(arguments=None):
     add(
         "--label-smoothing",
         type=number(float, 0, 1, below=True),
-        default=0.0,
+        default=0.1,
         help="share of the target that is spread over all classes (default: %(default)s)",
+    )
+    add(
+        "--word-dropout",
+        type=number(float, 0, 1, below=True),
+        default=0.2,
+        help="share of the words that are <unk> in training; characters stay (default: %(default)s)",
     )
     add("--text-column", default="review", help="column of the texts (default: %(default)s)")
     add("--label-column", default="cat", help="column of the classes (default: %(default)s)")
@@ -143,6 +157,9 @@ def train(args, model_name, reviews, corpus, vocabularies, device):
 
     def loss_of(model, rows):
         tokens, lengths, rows = corpus.batch(rows)
+        if "word" in vocabularies:
+            words = tokens[:, :, list(vocabularies).index("word")]  # a view: what is written there is read below
+            words.masked_fill_(torch.rand(words.shape, device=device) < args.word_dropout, 1)
         loss = F.cross_entropy(model(tokens, lengths), corpus.labels[rows], label_smoothing=args.label_smoothing)
         return loss, len(rows)
 

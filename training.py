@@ -1,6 +1,7 @@
 """What both scripts share: options, device, seed, the epoch loop with its checkpoints, curves, and the way out."""
 
 import argparse
+import contextlib
 import csv
 import json
 import math
@@ -76,7 +77,9 @@ def add_training_options(parser, **defaults):
     add("--out", type=Path, help="folder of the results")
     add("--resume", action="store_true", help="go on after the last finished epoch of the same run")
     add("--checkpoint", type=Path, help="a best.pt of an earlier run, for --predict")
-    parser.set_defaults(device="auto", out=Path("runs"), seed=0, average=0.0, weight_decay=1e-4, clip=1.0, **defaults)
+    parser.set_defaults(
+        **{"device": "auto", "out": Path("runs"), "seed": 0, "weight_decay": 1e-4, "clip": 1.0} | defaults
+    )
     for action in parser._actions:  # every help text ends with its default
         if action.help and parser.get_default(action.dest) not in (None, False, argparse.SUPPRESS):
             action.help += " (default: %(default)s)"
@@ -120,6 +123,11 @@ def run(main):
         sys.exit(_said("error: the GPU's memory is full; lower --batch-size or --hidden, or use --device cpu", 2))
     except BrokenPipeError:  # the reader, `head` for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def quiet():
+    """A context in which what is printed goes to stderr: stdout then holds nothing but results."""
+    return contextlib.redirect_stdout(sys.stderr)
 
 
 def _said(line, status):

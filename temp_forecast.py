@@ -1,0 +1,486 @@
+"""Two days of temperature ahead from five days known, with an RNN, a GRU, an LSTM or a Bi-LSTM written by hand.
+
+    python temp_forecast.py                                  LSTM on hourly means, writes runs/temp_lstm/
+    python temp_forecast.py --model all --freq D --data jena_daily.csv
+    python temp_forecast.py --checkpoint runs/temp_lstm/best.pt --predict recent.csv
+
+The first --train-years years train, their last part validates, all that follows tests: 7-day segments from the first
+midnight on, 5 days in, 2 days out, and beside them every forecast that starts at a midnight. Errors are absolute, degC.
+The network forecasts the anomaly, the difference from a smooth climatology fitted to the training years.
+"""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+
+import datasets
+import training
+from datasets import UserError
+from metrics import mean_error, median_error, rmse
+from rnn_models import Forecaster
+from training import CELLS, NAMES, number
+
+TARGET = "T (degC)"
+STAMP = "%d.%m.%Y %H:%M:%S"
+STEPS_A_DAY = {"h": 24, "10min": 144, "D": 1}
+BASELINES = {"persistence": "persistence", "seasonal_naive": "seasonal naive", "climatology": "climatology",
+             "linear": "linear"}  # fmt: skip
+# Chosen on validation rows, one set for each step length.
+DEFAULTS = {
+    "h": {"epochs": 20, "hidden": 64, "batch_size": 128, "lr": 2e-3, "dropout": 0.1},
+    "10min": {"epochs": 20, "hidden": 64, "batch_size": 128, "lr": 2e-3, "dropout": 0.1},
+    "D": {"epochs": 60, "hidden": 32, "batch_size": 32, "lr": 2e-3, "dropout": 0.1},
+}
+
+
+def parse_args(arguments=None):
+    """The command line as a namespace."""
+    parser = training.Parser(description=__doc__, formatter_class=training.argparse.RawDescriptionHelpFormatter)
+    training.add_training_options(parser, model="lstm", schedule="linear", average=0.0)
+    add = parser.add_argument
+    add("--freq", choices=list(STEPS_A_DAY), default="h", help="length of a step: means of hours, 10 minutes or days")
+    add("--history-days", type=number(int, 1), default=5, help="days that are known (default: %(default)s)")
+    add("--horizon-days", type=number(int, 1), default=2, help="days that are forecast (default: %(default)s)")
+    add("--train-years", type=number(int, 1), default=6, help="years that train and validate (default: %(default)s)")
+    add("--features", choices=["T", "all"], default="T", help="temperature alone, or every numeric column (default: T)")
+    add("--noise", type=number(float, 0), default=0.0, help="of the scaled inputs in training (default: %(default)s)")
+    add("--predict", metavar="FILE", type=Path, help="with --checkpoint: the two days after the last five in this CSV")
+    args = parser.parse_args(arguments)
+    for name, value in DEFAULTS[args.freq].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if (args.predict is None) != (args.checkpoint is None):
+        raise UserError("--predict and --checkpoint belong together; give both, or none to train")
+    return args
+
+
+# --- the series -------------------------------------------------------------------------------------------------------
+
+
+def read_series(frame, path, freq):
+    """A frame's numeric columns as means of steps of `freq`, indexed by time, gaps of up to three hours interpolated.
+
+    Rows are sorted, repeated stamps averaged; -9999 and other impossible values are missing. One line reports it all.
+    Raises UserError for missing columns, a date that cannot be read, and a file without temperatures.
+    """
+    datasets.check_columns(frame, ("Date Time", TARGET), path)
+    stamps = pd.to_datetime(frame["Date Time"], format=STAMP, errors="coerce")
+    if stamps.isna().any():
+        row = int(np.flatnonzero(stamps.isna())[0])
+        raise UserError(
+            f"{path}: row {row + 1} has the date {str(frame['Date Time'].iloc[row])!r}; write it as 31.12.2009 23:50:00"
+        )
+    values = frame.drop(columns="Date Time").apply(pd.to_numeric, errors="coerce")
+    values = values.loc[:, values.notna().any()]
+    impossible = (values <= -999) | np.isinf(values)
+    if TARGET in values:
+        impossible[TARGET] |= ~values[TARGET].between(-90, 60) & values[TARGET].notna()
+    values = values.mask(impossible)
+    if TARGET not in values or not values[TARGET].notna().any():
+        raise UserError(f"{path} has no temperatures in its column {TARGET!r}; check the file")
+    values.index = pd.DatetimeIndex(stamps)
+    repeated = int(values.index.duplicated().sum())
+    series = values.sort_index().groupby(level=0).mean().resample(freq).mean()
+    missing = int(series[TARGET].isna().sum())
+    longest = 3 * STEPS_A_DAY[freq] // 24  # steps in three hours
+    filled = series.apply(_fill_short_gaps, longest=longest)
+    first, last = series.index[[0, -1]].strftime("%Y-%m-%d %H:%M")
+    print(
+        f"{path}: {len(frame)} rows, {first} to {last}; "
+        f"{repeated} repeated stamps averaged, {int(impossible.to_numpy().sum())} impossible values; {len(series)} steps, "
+        f"{missing - int(filled[TARGET].isna().sum())} of {missing} missing temperatures interpolated"
+    )
+    return filled
+
+
+def _fill_short_gaps(column, longest):
+    """A column with its gaps of at most `longest` steps interpolated, longer ones left as they are."""
+    gap = column.isna()
+    length = gap.groupby((gap != gap.shift()).cumsum()).transform("sum")
+    return column.interpolate(limit_area="inside").where(~gap | (length <= longest))
+
+
+def calendar(index):
+    """(N, 5) columns that know the season and the hour: sine and cosine of the year and the day, and a one."""
+    year = 2 * np.pi * (index.day_of_year.to_numpy() - 1 + index.hour.to_numpy() / 24) / 365.25
+    day = 2 * np.pi * (index.hour.to_numpy() + index.minute.to_numpy() / 60) / 24
+    return np.stack([np.sin(year), np.cos(year), np.sin(day), np.cos(day), np.ones(len(index))], axis=1)
+
+
+def harmonics(index, steps_a_day):
+    """(N, K) regressors of the climatology: two harmonics of the year; of the day, if steps are shorter; products."""
+    sin_y, cos_y, sin_d, cos_d, one = calendar(index).T
+    terms = [one, sin_y, cos_y, 2 * sin_y * cos_y, cos_y**2 - sin_y**2]
+    if steps_a_day > 1:
+        for wave in (sin_d, cos_d, 2 * sin_d * cos_d, cos_d**2 - sin_d**2):
+            terms += [wave, wave * sin_y, wave * cos_y]
+    return np.stack(terms, axis=1)
+
+
+def fit_climatology(design, values):
+    """Least squares (K, columns) of the columns of values (N, columns) on the design (N, K), without missing values."""
+    known = np.isfinite(values)
+    columns = [
+        np.linalg.lstsq(design[k], column[k], rcond=None)[0] for column, k in zip(values.T, known.T, strict=True)
+    ]
+    return np.stack(columns, axis=1)
+
+
+def window_starts(complete, first, last, length, step):
+    """First steps of the windows of `length` steps within first..last-1, `step` apart, and how many were left out.
+
+    complete: (N,) whether a step's values are all there; a window that touches a missing one is left out.
+    """
+    starts = np.arange(first, last - length + 1, step)
+    missing_before = np.concatenate([[0], np.cumsum(~complete)])
+    whole = missing_before[starts + length] == missing_before[starts]
+    return starts[whole], int((~whole).sum())
+
+
+def prepare(args, frame, path):
+    """Everything that training and testing need, from the file's frame: see the names at the end.
+
+    Raises UserError for a series that is too short.
+    """
+    series = read_series(frame, path, args.freq)
+    steps_a_day = STEPS_A_DAY[args.freq]
+    known, ahead = args.history_days * steps_a_day, args.horizon_days * steps_a_day
+    length = known + ahead
+    index = series.index
+    split = int((index < index[0] + pd.DateOffset(years=args.train_years)).sum())
+    midnights = np.flatnonzero(index[split:] == index[split:].normalize()) + split
+    first_test = int(midnights[0]) if len(midnights) else len(index)
+    columns = [TARGET] + [name for name in series if name != TARGET and args.features == "all"]
+    values = series[columns].to_numpy(float)
+    design = harmonics(index, steps_a_day)
+    fold = int(split * (1 - 1 / 5))  # the last fifth of the training years validates
+    complete = np.isfinite(values).all(axis=1)
+    parts = {
+        "train": window_starts(complete, 0, fold, length, 1),
+        "validation": window_starts(complete, fold, split, length, 1),
+        "segments": window_starts(complete, first_test, len(index), length, length),
+        "daily_origins": window_starts(complete, first_test, len(index), length, steps_a_day),
+    }
+    for part, (starts, _) in parts.items():
+        if len(starts) < 5:
+            raise UserError(
+                f"{path} is too short: {len(starts)} whole windows of {args.history_days + args.horizon_days} days for "
+                f"{part.replace('_', ' ')}, at least 5 are needed; lower --train-years or name a longer series"
+            )
+    counts = ", ".join(f"{len(starts)} {part.replace('_', ' ')} (-{out})" for part, (starts, out) in parts.items())
+    print(
+        f"windows (left out for missing values): {counts}; tested from {index[first_test]:%Y-%m-%d %H:%M}", flush=True
+    )
+    coefficients = fit_climatology(design[:split], values[:split])
+    anomalies = values - design @ coefficients
+    scale = np.nanstd(anomalies[:fold], axis=0)
+    scale[scale == 0] = 1.0  # a constant column
+    return SimpleNamespace(
+        index=index, columns=columns, truth=values[:, 0], climatology=(design @ coefficients)[:, 0],
+        anomalies=anomalies, scale=scale, coefficients=coefficients, known=known, ahead=ahead, steps_a_day=steps_a_day,
+        split=split, starts={part: starts for part, (starts, _) in parts.items()},
+    )  # fmt: skip
+
+
+def network_inputs(anomalies, scale, index):
+    """(N, D) float32 features of every step: all columns' scaled anomalies, sine and cosine of the year and the day."""
+    return np.concatenate([anomalies / scale, calendar(index)[:, :4]], axis=1).astype(np.float32)
+
+
+# --- baselines --------------------------------------------------------------------------------------------------------
+
+
+def fit_linear(weather):
+    """Ridge regression of the anomalies ahead on the known ones, in closed form; the penalty with the least
+    validation error. Returns the matrix (known + 1, ahead), its last row the constant.
+    """
+
+    def windows(part):
+        starts = weather.starts[part]
+        rows = weather.anomalies[starts[:, None] + np.arange(weather.known + weather.ahead), 0]
+        return np.c_[rows[:, : weather.known], np.ones(len(rows))], rows[:, weather.known :]
+
+    X, Y = windows("train")
+    X_validation, Y_validation = windows("validation")
+    gram, moments = X.T @ X, X.T @ Y
+
+    def solve(penalty):
+        free = np.full(len(gram), float(penalty))
+        free[-1] = 0.0  # the constant is not penalised
+        return np.linalg.solve(gram + np.diag(free), moments)
+
+    best = min(10.0 ** np.arange(-1, 6), key=lambda p: mean_error(Y_validation, X_validation @ solve(p)))
+    gram += X_validation.T @ X_validation
+    moments += X_validation.T @ Y_validation
+    return solve(best)
+
+
+def baseline_forecasts(weather, starts, linear):
+    """The baselines' forecasts {name: (n, ahead)} in degC for windows that begin at `starts` (n,)."""
+    past = starts[:, None] + np.arange(weather.known)
+    future = starts[:, None] + np.arange(weather.known, weather.known + weather.ahead)
+    last_day = weather.truth[past[:, -weather.steps_a_day :]]
+    anomalies = np.c_[weather.anomalies[past, 0], np.ones(len(starts))]
+    return {
+        "persistence": np.repeat(weather.truth[past[:, -1:]], weather.ahead, axis=1),
+        "seasonal_naive": np.tile(last_day, weather.ahead // weather.steps_a_day),
+        "climatology": weather.climatology[future],
+        "linear": weather.climatology[future] + anomalies @ linear,
+    }
+
+
+# --- training and testing ---------------------------------------------------------------------------------------------
+
+
+def build_model(options):
+    """The forecaster that a dict of options describes."""
+    size = len(options["columns"]) + 4
+    return Forecaster(CELLS[options["model"]], size, options["hidden"], options["ahead"], options["dropout"])
+
+
+@torch.no_grad()
+def forecast(model, inputs, starts, known, batch_size=512):
+    """The network's scaled anomalies (n, ahead) on the CPU for windows of inputs (N, D) that begin at starts (n,)."""
+    model.eval()
+    steps = torch.arange(known, device=inputs.device)[:, None]
+    return torch.cat([model(inputs[part + steps]) for part in starts.to(inputs.device).split(batch_size)]).cpu()
+
+
+def train(args, model_name, weather, data, linear, device):
+    """Train one structure, test it, write its folder; returns (metrics.json's dict, history)."""
+    folder = args.out / f"temp_{model_name}"
+    lock = training.lock_folder(folder)
+    options = {"model": model_name, "hidden": args.hidden, "dropout": args.dropout, "ahead": weather.ahead,
+               "known": weather.known, "freq": args.freq, "columns": weather.columns}  # fmt: skip
+    fixed = {"task": "temp", "options": options, "climatology": weather.coefficients.tolist(),
+             "scale": weather.scale.tolist(), "source": data["source"]}  # fmt: skip
+    training.seed_all(args.seed)
+    model = build_model(options).to(device)
+    parameters = sum(param.numel() for param in model.parameters())
+    print(f"\n{NAMES[model_name]}: {parameters:,} parameters, {device}", flush=True)
+
+    inputs = torch.from_numpy(network_inputs(weather.anomalies, weather.scale, weather.index)).to(device)
+    targets = inputs[:, 0]
+    starts = {part: torch.from_numpy(values) for part, values in weather.starts.items()}
+    past = torch.arange(weather.known, device=device)[:, None]
+    future = torch.arange(weather.known, weather.known + weather.ahead, device=device)
+    scale = weather.scale[0]
+
+    def batches():
+        model.train()
+        every = max(1, weather.steps_a_day // 8)  # windows a few hours apart, of another hour in every epoch
+        mine = starts["train"][int(torch.randint(every, ())) :: every]
+        return mine[torch.randperm(len(mine))].to(device).split(args.batch_size)
+
+    def loss_of(model, batch):
+        window = inputs[batch + past]
+        if args.noise:
+            window = window + args.noise * torch.randn_like(window)
+        return (model(window) - targets[batch[:, None] + future]).abs().mean() * scale, len(batch)
+
+    def validate(model):
+        guess = forecast(model, inputs, starts["validation"], weather.known)
+        truth = targets.cpu()[starts["validation"][:, None] + future.cpu()]
+        return {"validation_mean_error": mean_error(truth.numpy(), guess.numpy()) * scale}
+
+    history, best_epoch = training.fit(
+        model, args, folder, fixed, batches, loss_of, validate, "validation_mean_error", min, "windows"
+    )
+    forecasts = {}
+    for part in ("segments", "daily_origins"):
+        anomalies = forecast(model, inputs, starts[part], weather.known).numpy() * scale
+        rows = weather.starts[part]
+        climate = weather.climatology[rows[:, None] + np.arange(weather.known, weather.known + weather.ahead)]
+        forecasts[part] = {"model": climate + anomalies, **baseline_forecasts(weather, rows, linear)}
+    metrics = {
+        "task": "temp", "model": model_name, "seed": args.seed, "argv": sys.argv[1:], "device": str(device),
+        "torch": torch.__version__, "parameters": parameters, "epochs": args.epochs, "best_epoch": best_epoch,
+        "seconds_per_epoch": float(np.mean([record["seconds"] for record in history])), "data": data,
+        "split": {"train": len(starts["train"]), "validation": len(starts["validation"]),
+                  "test": len(starts["daily_origins"])},
+        "test": {part: errors(weather, part, forecasts[part]) for part in forecasts},
+    }  # fmt: skip
+    training.write_json(folder / "metrics.json", metrics)
+    write_predictions(folder / "predictions.csv", weather, forecasts["segments"]["model"])
+    stamp = " (bundled sample)" if data["source"] == "sample" else ""
+    title = f"{NAMES[model_name]}: mean error, degC{stamp}"
+    training.draw_curves(
+        folder / "curves.png",
+        {NAMES[model_name]: history},
+        {title: {"train_loss": "o-", "validation_mean_error": "s-"}},
+    )
+    draw_forecasts(folder / "forecasts.png", weather, forecasts["segments"]["model"], NAMES[model_name] + stamp)
+    draw_lead_time(folder / "lead_time.png", weather, forecasts["daily_origins"], NAMES[model_name], stamp)
+    print_report(metrics["test"], f"{NAMES[model_name]}, test, epoch {best_epoch}{stamp}")
+    names = "metrics.json history.csv predictions.csv curves.png forecasts.png lead_time.png best.pt last.pt"
+    print(f"written to {folder}: {names}", flush=True)
+    lock.close()
+    return metrics, history
+
+
+def truth_of(weather, part):
+    """The true temperatures (n, ahead) of a part's windows, degC."""
+    return weather.truth[weather.starts[part][:, None] + np.arange(weather.known, weather.known + weather.ahead)]
+
+
+def errors(weather, part, forecasts):
+    """The entry of one part in metrics.json."""
+    truth = truth_of(weather, part)
+    model = forecasts["model"]
+    return {
+        "windows": len(truth),
+        "mean_error": mean_error(truth, model),
+        "median_error": median_error(truth, model),
+        "rmse": rmse(truth, model),
+        "baselines": {
+            name: {
+                "mean_error": mean_error(truth, forecasts[name]),
+                "median_error": median_error(truth, forecasts[name]),
+            }
+            for name in BASELINES
+        },
+    }
+
+
+def print_report(test, title):
+    """Errors and skill on the terminal. Skill: the share of a baseline's mean error that the model takes away."""
+    print(f"\n{title}: absolute errors, degC")
+    for part, entry in test.items():
+        print(
+            f"{part.replace('_', ' ')}, {entry['windows']} windows{'mean':>18}{'median':>10}{'skill of the model':>22}"
+        )
+        print(f"  {'model':32}{entry['mean_error']:10.3f}{entry['median_error']:10.3f}")
+        for name, scores in entry["baselines"].items():
+            skill = 1 - entry["mean_error"] / scores["mean_error"]
+            print(f"  {BASELINES[name]:32}{scores['mean_error']:10.3f}{scores['median_error']:10.3f}{skill:22.1%}")
+
+
+def write_predictions(path, weather, forecasts):
+    """Each forecast step of the test segments with its time stamp, hours ahead, truth and forecast."""
+    truth = truth_of(weather, "segments")
+    hours = 24 // weather.steps_a_day if weather.steps_a_day <= 24 else 24 / weather.steps_a_day
+    rows = []
+    for segment, start in enumerate(weather.starts["segments"].tolist(), 1):
+        stamps = weather.index[start + weather.known : start + weather.known + weather.ahead].strftime(STAMP)
+        for step, stamp in enumerate(stamps):
+            values = f"{truth[segment - 1, step]:.3f}", f"{forecasts[segment - 1, step]:.3f}"
+            rows.append((segment, stamp, round((step + 1) * hours, 2), *map(float, values)))
+    training.write_csv(path, ["segment", "Date Time", "hours ahead", "T (degC)", "forecast (degC)"], rows)
+
+
+def draw_forecasts(path, weather, forecasts, title):
+    """Six test segments, from the best to the worst forecast: what was known, what came, what was forecast."""
+    truth = truth_of(weather, "segments")
+    order = np.argsort(np.abs(truth - forecasts).mean(axis=1))
+    figure = Figure(figsize=(12, 6.4), layout="constrained")
+    figure.suptitle(f"{title}: test segments from the best to the worst")
+    chosen = order[np.linspace(0, len(order) - 1, 6).round().astype(int)]
+    for axes, segment in zip(figure.subplots(2, 3).flat, chosen, strict=True):
+        start = int(weather.starts["segments"][segment])
+        index = weather.index[start : start + weather.known + weather.ahead]
+        axes.plot(index, weather.truth[start : start + len(index)], "C0.-", markersize=2, label="truth")
+        axes.plot(index[weather.known :], forecasts[segment], "C1.-", markersize=2, label="forecast")
+        axes.axvline(index[weather.known], color="grey", linewidth=0.8, linestyle="--")
+        error = mean_error(truth[segment], forecasts[segment])
+        axes.set_title(f"{index[weather.known]:%Y-%m-%d}: mean error {error:.2f} degC", fontsize=9)
+        axes.set_ylabel("T, degC", fontsize=8)
+        axes.tick_params(labelsize=7)
+        axes.set_xticks(index[:: weather.steps_a_day], [f"{day:%d.%m.}" for day in index[:: weather.steps_a_day]])
+        axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    training.save_figure(path, figure)
+
+
+def draw_lead_time(path, weather, forecasts, name, stamp):
+    """Mean and median error by hours ahead, of the model and the baselines, over all daily origins."""
+    truth = truth_of(weather, "daily_origins")
+    hours = (np.arange(weather.ahead) + 1) * 24 / weather.steps_a_day
+    figure = Figure(figsize=(10.4, 3.8), layout="constrained")
+    for axes, (label, measure) in zip(figure.subplots(1, 2), (("mean", np.mean), ("median", np.median)), strict=True):
+        for key, values in forecasts.items():
+            style = "k.-" if key == "model" else ".-"
+            axes.plot(
+                hours, measure(np.abs(truth - values), axis=0), style, markersize=4, label=BASELINES.get(key, name)
+            )
+        axes.set(title=f"{label} error by lead time{stamp}", xlabel="hours ahead", ylabel="degC", ylim=(0, None))
+        axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    training.save_figure(path, figure)
+
+
+def compare(args, results):
+    """The four structures side by side: temp_all/comparison.*"""
+    folder = args.out / "temp_all"
+    lines = ["| model | segments: mean | median | daily origins: mean | median | parameters | s/epoch | best epoch |"]
+    lines.append("|" + " --- |" * 8)
+    for name, (metrics, _) in results.items():
+        cells = [
+            f"{metrics['test'][part][key]:.3f}" for part in metrics["test"] for key in ("mean_error", "median_error")
+        ]
+        cells += [f"{metrics['parameters']:,}", f"{metrics['seconds_per_epoch']:.1f}", str(metrics["best_epoch"])]
+        lines.append("| " + " | ".join([NAMES[name], *cells]) + " |")
+    for name, label in BASELINES.items():
+        test = metrics["test"].values()
+        cells = [f"{entry['baselines'][name][key]:.3f}" for entry in test for key in ("mean_error", "median_error")]
+        lines.append("| " + " | ".join([label, *cells, "", "", ""]) + " |")
+    table = "\n".join(lines)
+    stamp = "Bundled sample: made-up data.\n\n" if metrics["data"]["source"] == "sample" else ""
+    with datasets.whole_file(folder / "comparison.md", "w", encoding="utf-8") as stream:
+        stream.write(f"{stamp}Absolute errors on the test years, degC.\n\n{table}\n")
+    training.write_json(folder / "comparison.json", {NAMES[name]: metrics for name, (metrics, _) in results.items()})
+    training.draw_curves(
+        folder / "comparison.png",
+        {NAMES[name]: history for name, (_, history) in results.items()},
+        {"training loss, degC": {"train_loss": "-"}, "validation mean error, degC": {"validation_mean_error": "-"}},
+    )
+    print(f"\n{table}\nwritten to {folder}: comparison.md comparison.json comparison.png", flush=True)
+
+
+def predict(args, device):
+    """The next days, as CSV, after the last days of a file."""
+    schema = {"options": dict, "climatology": list, "scale": list, "weights": dict}
+    saved = training.load_checkpoint(args.checkpoint, "temp", schema)
+    options = saved["options"]
+    model = training.load_weights(build_model(options), saved["weights"], args.checkpoint).to(device)
+    frame, data = datasets.load(datasets.CLIMATE, args.predict)
+    with training.quiet():
+        series = read_series(frame, data["path"], options["freq"])
+    datasets.check_columns(series, options["columns"], args.predict)
+    known, ahead, steps_a_day = options["known"], options["ahead"], STEPS_A_DAY[options["freq"]]
+    recent = series[options["columns"]].iloc[-known:]
+    if len(recent) < known or recent.isna().to_numpy().any():
+        raise UserError(f"{args.predict} does not end with {known // steps_a_day} whole days; give it more rows")
+    coming = pd.date_range(recent.index[-1], periods=ahead + 1, freq=options["freq"])[1:]
+    coefficients = np.array(saved["climatology"])
+    anomalies = recent.to_numpy(float) - harmonics(recent.index, steps_a_day) @ coefficients
+    inputs = torch.from_numpy(network_inputs(anomalies, np.array(saved["scale"]), recent.index)).to(device)
+    guess = forecast(model, inputs, torch.zeros(1, dtype=torch.long), known)[0].numpy() * saved["scale"][0]
+    values = guess + (harmonics(coming, steps_a_day) @ coefficients)[:, 0]
+    print(f"Date Time,{TARGET}")
+    for stamp, value in zip(coming.strftime(STAMP), values, strict=True):
+        print(f"{stamp},{value:.2f}")
+
+
+def main():
+    """From arguments to results."""
+    args = parse_args()
+    device = training.pick_device(args.device)
+    if args.predict is not None:
+        predict(args, device)
+        return
+    frame, data = datasets.load(datasets.CLIMATE, args.data)
+    weather = prepare(args, frame, data["path"])
+    linear = fit_linear(weather)
+    names = list(CELLS) if args.model == "all" else [args.model]
+    results = {name: train(args, name, weather, data, linear, device) for name in names}
+    if args.model == "all":
+        compare(args, results)
+
+
+if __name__ == "__main__":
+    training.run(main)
