@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
 
 import pandas as pd
@@ -167,7 +168,8 @@ def _blocks(url, name):
                     yield block
                     bar.update(len(block))
     except (OSError, HTTPException, ValueError) as error:  # URLError, time-outs, broken connections are OSErrors
-        raise Unreachable(f"{urlsplit(url).hostname}: {getattr(error, 'reason', error)}") from error
+        reason = error if isinstance(error, HTTPError) else getattr(error, "reason", error)
+        raise Unreachable(f"{urlsplit(url).hostname}: {reason}") from error
     if received < length:
         raise Unreachable(f"{urlsplit(url).hostname}: connection cut after {received:,} of {length:,} bytes")
 

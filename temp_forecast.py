@@ -92,8 +92,8 @@ def read_series(frame, path, freq):
     first, last = series.index[[0, -1]].strftime("%Y-%m-%d %H:%M")
     print(
         f"{path}: {len(frame)} rows, {first} to {last}; "
-        f"{repeated} repeated stamps averaged, {int(impossible.to_numpy().sum())} impossible values; {len(series)} steps, "
-        f"{missing - int(filled[TARGET].isna().sum())} of {missing} missing temperatures interpolated"
+        f"{repeated} repeated stamps averaged, {int(impossible.to_numpy().sum())} impossible values; "
+        f"{len(series)} steps, {missing - int(filled[TARGET].isna().sum())} of {missing} missing ones interpolated"
     )
     return filled
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import zipfile
 from collections import Counter
 from itertools import chain, repeat
 
@@ -30,7 +31,7 @@ def cached_words(texts, sha256):
             lengths, counts = cache["lengths"], cache["counts"]
         if len(counts) != len(texts) or lengths.sum() != sum(map(len, texts)):
             raise ValueError
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # absent, broken, or of other texts
         print("cutting words ...", flush=True)
         cuts = cut_words(texts)
         lengths = np.fromiter((len(word) for cut in cuts for word in cut), np.int32)
