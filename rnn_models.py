@@ -248,6 +248,7 @@ class Recurrence(nn.Module):
         self.cell, self.num_hiddens = _checked_cell(cell), num_hiddens
         for name, param in zip(param_names(cell), init_params(cell, num_inputs, num_hiddens, num_outputs), strict=True):
             self.register_parameter(name, nn.Parameter(param.detach()))
+        self.graphed = bptt.Graphed(self._states)
 
     @property
     def params(self):
@@ -255,9 +256,25 @@ class Recurrence(nn.Module):
         return [getattr(self, name) for name in param_names(self.cell)]
 
     def forward(self, inputs, lengths=None):
-        """Hidden states of inputs (T, B, D) from the zero state: (T, B, h), (T, B, 2h) for "bi_lstm"."""
+        """Hidden states of inputs (T, B, D) from the zero state: (T, B, h), (T, B, 2h) for "bi_lstm".
+
+        lengths (B,) as in `hidden_states`. On a GPU, training replays CUDA graphs, one for every 16 lengths T.
+        """
+        if lengths is None:
+            lengths = torch.full((inputs.shape[1],), len(inputs), device=inputs.device)
+        if inputs.is_cuda and torch.is_grad_enabled():
+            return self._replayed(inputs, lengths)
+        return self._states(inputs, lengths, *self.params)
+
+    def _states(self, inputs, lengths, *params):
         state = init_state(self.cell, inputs.shape[1], self.num_hiddens, inputs.device, inputs.dtype)
-        return hidden_states(self.cell, inputs, state, self.params, lengths)[0]
+        return hidden_states(self.cell, inputs, state, params, lengths)[0]
+
+    def _replayed(self, inputs, lengths):
+        """`_states` of inputs padded to the next multiple of 16 steps, as a graph; padding changes no state before."""
+        T = len(inputs)
+        inputs = nn.functional.pad(inputs, (0, 0, 0, 0, 0, -T % 16))
+        return self.graphed(inputs, lengths, *self.params)[:T]
 
     def output(self, states):
         """Y = H W_hq + b_q for states (T, B, h)."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import bptt
-from rnn_models import FAST, PLAIN, hidden_states, init_params, init_state
+from rnn_models import FAST, PLAIN, Recurrence, hidden_states, init_params, init_state, param_names
 
 SIZES = [(1, 1, 1, 1), (1, 4, 3, 2), (5, 1, 3, 2), (4, 3, 250, 5), (6, 5, 4, 60)]  # T, B, D, h
 SIZES += [tuple(torch.randint(1, 9, (4,), generator=torch.Generator().manual_seed(k)).tolist()) for k in range(8)]
@@ -72,3 +72,46 @@ def test_a_second_derivative_is_refused():
     (gradient,) = torch.autograd.grad(states.square().sum(), params[:1], create_graph=True)
     with pytest.raises(RuntimeError, match="twice"):
         gradient.sum().backward()
+
+
+# --- the path that only a GPU takes, with its recording replaced: what is left is the same on a CPU -------------------
+
+
+@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm", "bi_lstm"])
+@pytest.mark.parametrize("steps", [1, 16, 21])
+def test_the_replayed_states_are_the_states(cell, steps, monkeypatch):
+    recorded = []
+
+    def record(function, samples):
+        recorded.append([sample.shape for sample in samples])
+        return function
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
+    torch.manual_seed(2)
+    recurrence = Recurrence(cell, 3, 4, 1).double()
+    inputs, lengths = torch.randn(steps, 3, 3, dtype=torch.float64), torch.tensor([steps, 1, max(1, steps // 2)])
+    results = []
+    for function in (recurrence._replayed, recurrence._replayed, recurrence):
+        recurrence.zero_grad()
+        states = function(inputs, lengths)
+        there = (torch.arange(steps)[:, None] < lengths)[:, :, None]
+        (states * there).square().sum().backward()
+        results.append([states * there, *(getattr(recurrence, name).grad for name in param_names(cell)[:-2])])
+    assert all(torch.allclose(a, b, atol=1e-12) for pair in results[:2] for a, b in zip(pair, results[2], strict=True))
+    assert len(recorded) == 1 and recorded[0][0] == ((steps + 15) // 16 * 16, 3, 3)
+
+
+def test_a_recording_that_fails_is_warned_of_once(monkeypatch, recwarn):
+    def fail(function, samples):
+        raise RuntimeError("capture is not possible")
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", fail)
+    recurrence = Recurrence("gru", 3, 4, 1)
+    for steps in (5, 5, 40):
+        inputs = torch.randn(steps, 2, 3)
+        assert torch.allclose(
+            recurrence._replayed(inputs, torch.tensor([steps, 1]))[0], recurrence(inputs)[0], atol=1e-6
+        )
+    assert [str(w.message) for w in recwarn] == [
+        "no CUDA graph (capture is not possible): the recurrence runs step by step, slower"
+    ]
