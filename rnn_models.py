@@ -332,18 +332,46 @@ class TextClassifier(nn.Module):
 
 
 class Forecaster(nn.Module):
-    """Recurrence over the known steps, and all steps ahead at once from what it ends with."""
+    """Recurrence over the known steps, and all steps ahead at once from its last state and the mean of its states."""
 
-    def __init__(self, cell, num_inputs, num_hiddens, horizon, dropout=0.0):
-        """num_inputs: D features a step; num_hiddens: h; horizon: steps ahead; dropout: share of the inputs to the
-        output layer that is set to zero in training. Raises ValueError for an unknown cell."""
+    def __init__(self, cell, num_inputs, num_hiddens, horizon, dropout=0.0, noise=0.0):
+        """num_inputs: D features a step; num_hiddens: h; horizon: Q steps ahead; dropout: share of the pooled states
+        that is set to zero in training; noise: standard deviation of what is added to the inputs then.
+        Raises ValueError for an unknown cell.
+        """
         super().__init__()
         self.recurrence = Recurrence(cell, num_inputs, num_hiddens, horizon)
-        self.dropout = nn.Dropout(dropout)
+        self.W_mq = nn.Parameter(
+            torch.empty_like(self.recurrence.W_hq).uniform_(-(num_hiddens**-0.5), num_hiddens**-0.5)
+        )
+        self.dropout, self.noise = nn.Dropout(dropout), noise
 
     def forward(self, inputs):
-        """Forecasts (B, horizon) from the known steps (T, B, D); the backward direction reads only those, too."""
+        """Y = H_last W_hq + H_mean W_mq + b_q: forecasts (B, Q) from the known steps (T, B, D).
+
+        The backward direction reads only those, too.
+        """
+        if self.training and self.noise:
+            inputs = inputs + self.noise * torch.randn_like(inputs)
         states = self.recurrence(inputs)
         lengths = torch.full((inputs.shape[1],), len(inputs), device=inputs.device)
         last = pool_states(states, lengths, "last", DIRECTIONS[self.recurrence.cell])
-        return self.recurrence.output(self.dropout(last)[None])[0]
+        return self.recurrence.output(self.dropout(last)[None])[0] + self.dropout(states.mean(dim=0)) @ self.W_mq
+
+
+class ForecastEnsemble(nn.Module):
+    """Several forecasters whose mean is the forecast, and a linear forecast that they correct, where there is one."""
+
+    def __init__(self, members, linear=None):
+        """members: `Forecaster`s; linear: a fixed linear forecast (T + 1, Q) of the first feature from its own T known
+        steps, the last row the constant, or None."""
+        super().__init__()
+        self.members = nn.ModuleList(members)
+        self.register_buffer("linear", linear)
+
+    def forward(self, inputs):
+        """Forecasts from inputs (T, B, D): of each member (members, B, Q) in training, their mean (B, Q) otherwise."""
+        outputs = torch.stack([member(inputs) for member in self.members])
+        if self.linear is not None:
+            outputs = outputs + inputs[:, :, 0].t() @ self.linear[:-1] + self.linear[-1]
+        return outputs if self.training else outputs.mean(dim=0)

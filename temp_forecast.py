@@ -9,6 +9,7 @@ midnight on, 5 days in, 2 days out, and beside them every forecast that starts a
 The network forecasts the anomaly, the difference from a smooth climatology fitted to the training years.
 """
 
+import argparse
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ import datasets
 import training
 from datasets import UserError
 from metrics import mean_error, median_error, rmse
-from rnn_models import Forecaster
+from rnn_models import ForecastEnsemble, Forecaster
 from training import CELLS, NAMES, number
 
 TARGET = "T (degC)"
@@ -31,24 +32,32 @@ STEPS_A_DAY = {"h": 24, "10min": 144, "D": 1}
 BASELINES = {"persistence": "persistence", "seasonal_naive": "seasonal naive", "climatology": "climatology",
              "linear": "linear"}  # fmt: skip
 # Chosen on validation rows, one set for each step length.
-DEFAULTS = {
-    "h": {"epochs": 20, "hidden": 64, "batch_size": 128, "lr": 2e-3, "dropout": 0.1},
-    "10min": {"epochs": 20, "hidden": 64, "batch_size": 128, "lr": 2e-3, "dropout": 0.1},
-    "D": {"epochs": 60, "hidden": 32, "batch_size": 32, "lr": 2e-3, "dropout": 0.1},
-}
+HOURLY = {"epochs": 8, "hidden": 64, "batch_size": 128, "lr": 2e-3, "dropout": 0.3, "noise": 0.2, "average": 0.99,
+          "residual": True, "members": 1}  # fmt: skip
+DAILY = {"epochs": 12, "hidden": 16, "batch_size": 16, "lr": 2e-3, "dropout": 0.1, "noise": 0.0, "average": 0.0,
+         "residual": False, "members": 5}  # fmt: skip
+DEFAULTS = {"h": HOURLY, "10min": HOURLY, "D": DAILY}
 
 
 def parse_args(arguments=None):
     """The command line as a namespace."""
-    parser = training.Parser(description=__doc__, formatter_class=training.argparse.RawDescriptionHelpFormatter)
-    training.add_training_options(parser, model="lstm", schedule="linear", average=0.0)
+    parser = training.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    training.add_training_options(parser, model="lstm", schedule="linear")
     add = parser.add_argument
     add("--freq", choices=list(STEPS_A_DAY), default="h", help="length of a step: means of hours, 10 minutes or days")
     add("--history-days", type=number(int, 1), default=5, help="days that are known (default: %(default)s)")
     add("--horizon-days", type=number(int, 1), default=2, help="days that are forecast (default: %(default)s)")
     add("--train-years", type=number(int, 1), default=6, help="years that train and validate (default: %(default)s)")
     add("--features", choices=["T", "all"], default="T", help="temperature alone, or every numeric column (default: T)")
-    add("--noise", type=number(float, 0), default=0.0, help="of the scaled inputs in training (default: %(default)s)")
+    add("--noise", type=number(float, 0), help="standard deviation of noise on the scaled inputs in training")
+    add("--members", type=number(int, 1), help="networks whose mean is the forecast")
+    add(
+        "--refit",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="train again with the validation rows, for as many epochs as validation found best (default: yes)",
+    )
+    add("--residual", action=argparse.BooleanOptionalAction, help="learn what the linear model leaves, and add the two")
     add("--predict", metavar="FILE", type=Path, help="with --checkpoint: the two days after the last five in this CSV")
     args = parser.parse_args(arguments)
     for name, value in DEFAULTS[args.freq].items():
@@ -183,7 +192,8 @@ def prepare(args, frame, path):
     return SimpleNamespace(
         index=index, columns=columns, truth=values[:, 0], climatology=(design @ coefficients)[:, 0],
         anomalies=anomalies, scale=scale, coefficients=coefficients, known=known, ahead=ahead, steps_a_day=steps_a_day,
-        split=split, starts={part: starts for part, (starts, _) in parts.items()},
+        split=split, starts={part: starts for part, (starts, _) in parts.items()}
+        | {"all": window_starts(complete, 0, split, length, 1)[0]},
     )  # fmt: skip
 
 
@@ -197,7 +207,8 @@ def network_inputs(anomalies, scale, index):
 
 def fit_linear(weather):
     """Ridge regression of the anomalies ahead on the known ones, in closed form; the penalty with the least
-    validation error. Returns the matrix (known + 1, ahead), its last row the constant.
+    validation error. Returns two matrices (known + 1, ahead), the last row the constant: one fitted to the training
+    windows, for a network that corrects it and is validated; one to all windows of the training years, the baseline.
     """
 
     def windows(part):
@@ -205,19 +216,15 @@ def fit_linear(weather):
         rows = weather.anomalies[starts[:, None] + np.arange(weather.known + weather.ahead), 0]
         return np.c_[rows[:, : weather.known], np.ones(len(rows))], rows[:, weather.known :]
 
-    X, Y = windows("train")
-    X_validation, Y_validation = windows("validation")
-    gram, moments = X.T @ X, X.T @ Y
-
-    def solve(penalty):
-        free = np.full(len(gram), float(penalty))
+    def solve(X, Y, penalty):
+        free = np.full(X.shape[1], float(penalty))
         free[-1] = 0.0  # the constant is not penalised
-        return np.linalg.solve(gram + np.diag(free), moments)
+        return np.linalg.solve(X.T @ X + np.diag(free), X.T @ Y)
 
-    best = min(10.0 ** np.arange(-1, 6), key=lambda p: mean_error(Y_validation, X_validation @ solve(p)))
-    gram += X_validation.T @ X_validation
-    moments += X_validation.T @ Y_validation
-    return solve(best)
+    train, (X, Y) = windows("train"), windows("validation")
+    candidates = {penalty: solve(*train, penalty) for penalty in 10.0 ** np.arange(-1, 6)}
+    best = min(candidates, key=lambda penalty: mean_error(Y, X @ candidates[penalty]))
+    return candidates[best], solve(*windows("all"), best)
 
 
 def baseline_forecasts(weather, starts, linear):
@@ -238,9 +245,17 @@ def baseline_forecasts(weather, starts, linear):
 
 
 def build_model(options):
-    """The forecaster that a dict of options describes."""
-    size = len(options["columns"]) + 4
-    return Forecaster(CELLS[options["model"]], size, options["hidden"], options["ahead"], options["dropout"])
+    """The forecaster that a dict of options describes; its linear part, where it has one, is still zero."""
+    size, ahead = len(options["columns"]) + 4, options["ahead"]
+    linear = torch.zeros(options["known"] + 1, ahead) if options["residual"] else None
+    cell = CELLS[options["model"]]
+    return ForecastEnsemble(
+        [
+            Forecaster(cell, size, options["hidden"], ahead, options["dropout"], options["noise"])
+            for _ in range(options["members"])
+        ],
+        linear,
+    )
 
 
 @torch.no_grad()
@@ -255,48 +270,60 @@ def train(args, model_name, weather, data, linear, device):
     """Train one structure, test it, write its folder; returns (metrics.json's dict, history)."""
     folder = args.out / f"temp_{model_name}"
     lock = training.lock_folder(folder)
-    options = {"model": model_name, "hidden": args.hidden, "dropout": args.dropout, "ahead": weather.ahead,
-               "known": weather.known, "freq": args.freq, "columns": weather.columns}  # fmt: skip
+    options = {name: getattr(args, name) for name in ("freq", "hidden", "dropout", "noise", "residual", "members")}
+    options |= {name: getattr(weather, name) for name in ("ahead", "known", "columns")} | {"model": model_name}
     fixed = {"task": "temp", "options": options, "climatology": weather.coefficients.tolist(),
              "scale": weather.scale.tolist(), "source": data["source"]}  # fmt: skip
-    training.seed_all(args.seed)
-    model = build_model(options).to(device)
-    parameters = sum(param.numel() for param in model.parameters())
-    print(f"\n{NAMES[model_name]}: {parameters:,} parameters, {device}", flush=True)
+    scale = weather.scale[0]
+
+    def new_model(linear):
+        training.seed_all(args.seed)
+        model = build_model(options)
+        if args.residual:  # in scaled anomalies the weights are the same, only the constant is scaled
+            model.linear.copy_(torch.from_numpy(np.vstack([linear[:-1], linear[-1] / scale])))
+        return model.to(device)
 
     inputs = torch.from_numpy(network_inputs(weather.anomalies, weather.scale, weather.index)).to(device)
     targets = inputs[:, 0]
     starts = {part: torch.from_numpy(values) for part, values in weather.starts.items()}
     past = torch.arange(weather.known, device=device)[:, None]
     future = torch.arange(weather.known, weather.known + weather.ahead, device=device)
-    scale = weather.scale[0]
 
-    def batches():
+    def batches(part, model):
         model.train()
         every = max(1, weather.steps_a_day // 8)  # windows a few hours apart, of another hour in every epoch
-        mine = starts["train"][int(torch.randint(every, ())) :: every]
+        mine = starts[part][int(torch.randint(every, ())) :: every]
         return mine[torch.randperm(len(mine))].to(device).split(args.batch_size)
 
     def loss_of(model, batch):
-        window = inputs[batch + past]
-        if args.noise:
-            window = window + args.noise * torch.randn_like(window)
-        return (model(window) - targets[batch[:, None] + future]).abs().mean() * scale, len(batch)
+        return (model(inputs[batch + past]) - targets[batch[:, None] + future]).abs().mean() * scale, len(batch)
 
     def validate(model):
         guess = forecast(model, inputs, starts["validation"], weather.known)
         truth = targets.cpu()[starts["validation"][:, None] + future.cpu()]
         return {"validation_mean_error": mean_error(truth.numpy(), guess.numpy()) * scale}
 
+    model = new_model(linear[0])
+    parameters = sum(param.numel() for param in model.parameters())
+    print(f"\n{NAMES[model_name]}: {parameters:,} parameters, {device}", flush=True)
     history, best_epoch = training.fit(
-        model, args, folder, fixed, batches, loss_of, validate, "validation_mean_error", min, "windows"
-    )
+        model, args, folder, fixed, lambda: batches("train", model), loss_of, validate,
+        "validation_mean_error", min, "windows",
+    )  # fmt: skip
+    if args.refit:
+        print(f"again for {best_epoch} epochs, with the validation rows", flush=True)
+        model = new_model(linear[1])
+        training.fit(
+            model, args, folder / "refit", fixed, lambda: batches("all", model), loss_of, lambda model: {},
+            "epoch", max, "windows", until=best_epoch,
+        )  # fmt: skip
+        training.save_checkpoint(folder / "best.pt", **fixed, epoch=best_epoch, weights=model.state_dict())
     forecasts = {}
     for part in ("segments", "daily_origins"):
         anomalies = forecast(model, inputs, starts[part], weather.known).numpy() * scale
         rows = weather.starts[part]
         climate = weather.climatology[rows[:, None] + np.arange(weather.known, weather.known + weather.ahead)]
-        forecasts[part] = {"model": climate + anomalies, **baseline_forecasts(weather, rows, linear)}
+        forecasts[part] = {"model": climate + anomalies, **baseline_forecasts(weather, rows, linear[1])}
     metrics = {
         "task": "temp", "model": model_name, "seed": args.seed, "argv": sys.argv[1:], "device": str(device),
         "torch": torch.__version__, "parameters": parameters, "epochs": args.epochs, "best_epoch": best_epoch,
@@ -316,7 +343,8 @@ def train(args, model_name, weather, data, linear, device):
     )
     draw_forecasts(folder / "forecasts.png", weather, forecasts["segments"]["model"], NAMES[model_name] + stamp)
     draw_lead_time(folder / "lead_time.png", weather, forecasts["daily_origins"], NAMES[model_name], stamp)
-    print_report(metrics["test"], f"{NAMES[model_name]}, test, epoch {best_epoch}{stamp}")
+    name = f"{NAMES[model_name]}{' on top of the linear model' if args.residual else ''}"
+    print_report(metrics["test"], name, f"{name}, test, epoch {best_epoch}{stamp}")
     names = "metrics.json history.csv predictions.csv curves.png forecasts.png lead_time.png best.pt last.pt"
     print(f"written to {folder}: {names}", flush=True)
     lock.close()
@@ -347,17 +375,17 @@ def errors(weather, part, forecasts):
     }
 
 
-def print_report(test, title):
+def print_report(test, name, title):
     """Errors and skill on the terminal. Skill: the share of a baseline's mean error that the model takes away."""
     print(f"\n{title}: absolute errors, degC")
     for part, entry in test.items():
         print(
             f"{part.replace('_', ' ')}, {entry['windows']} windows{'mean':>18}{'median':>10}{'skill of the model':>22}"
         )
-        print(f"  {'model':32}{entry['mean_error']:10.3f}{entry['median_error']:10.3f}")
-        for name, scores in entry["baselines"].items():
+        print(f"  {name:32}{entry['mean_error']:10.3f}{entry['median_error']:10.3f}")
+        for baseline, scores in entry["baselines"].items():
             skill = 1 - entry["mean_error"] / scores["mean_error"]
-            print(f"  {BASELINES[name]:32}{scores['mean_error']:10.3f}{scores['median_error']:10.3f}{skill:22.1%}")
+            print(f"  {BASELINES[baseline]:32}{scores['mean_error']:10.3f}{scores['median_error']:10.3f}{skill:22.1%}")
 
 
 def write_predictions(path, weather, forecasts):
@@ -423,7 +451,8 @@ def compare(args, results):
             f"{metrics['test'][part][key]:.3f}" for part in metrics["test"] for key in ("mean_error", "median_error")
         ]
         cells += [f"{metrics['parameters']:,}", f"{metrics['seconds_per_epoch']:.1f}", str(metrics["best_epoch"])]
-        lines.append("| " + " | ".join([NAMES[name], *cells]) + " |")
+        label = f"{NAMES[name]}{', on top of the linear model' if args.residual else ''}"
+        lines.append("| " + " | ".join([label, *cells]) + " |")
     for name, label in BASELINES.items():
         test = metrics["test"].values()
         cells = [f"{entry['baselines'][name][key]:.3f}" for entry in test for key in ("mean_error", "median_error")]

@@ -232,12 +232,13 @@ def learning_rate(step, steps, peak, schedule):
     return peak * min((step + 1) / math.ceil(0.1 * steps), 1 - step / steps)
 
 
-def fit(model, args, folder, fixed, batches, loss_of, validate, monitor, best_of, unit):
+def fit(model, args, folder, fixed, batches, loss_of, validate, monitor, best_of, unit, until=None):
     """Train a model, epoch by epoch, and leave the weights of the best epoch in it and in `folder`/best.pt.
 
     args: the options of `add_training_options`; fixed: what best.pt holds beside the weights; batches(): a list of
     the batches of an epoch, shuffled by torch's global generator; loss_of(model, batch): (mean loss, its count);
-    validate(model): a dict of numbers, of which `monitor` decides: best_of is max or min; unit: what is counted.
+    validate(model): a dict of numbers, of which `monitor` decides: best_of is max or min; unit: what is counted;
+    until: the last epoch, args.epochs without it (the learning rate's schedule goes by args.epochs).
     Every epoch seeds the generators from (seed, epoch): with last.pt that makes a resumed run the run left alone.
     Returns (history, best_epoch): a list of dicts, one an epoch, and a number from 1 on. Raises UserError for a loss
     that is not finite and for a run in `folder` that --resume cannot continue.
@@ -261,13 +262,13 @@ def fit(model, args, folder, fixed, batches, loss_of, validate, monitor, best_of
         averaged = averaged if args.average else params
         history, best = last["history"], last["best"]
 
-    for epoch in range(len(history) + 1, args.epochs + 1):
+    for epoch in range(len(history) + 1, (until or args.epochs) + 1):
         seed_all(args.seed, epoch)
         start = time.perf_counter()
         total, count = torch.zeros((), device=params[0].device), 0
         todo = batches()
         steps = args.epochs * len(todo)
-        bar = tqdm(todo, desc=f"epoch {epoch}/{args.epochs}", unit="step", disable=None)
+        bar = tqdm(todo, desc=f"epoch {epoch}/{until or args.epochs}", unit="step", disable=None)
         for number_in_epoch, batch in enumerate(bar):
             step = (epoch - 1) * len(todo) + number_in_epoch
             for group in optimizer.param_groups:
@@ -312,7 +313,7 @@ def fit(model, args, folder, fixed, batches, loss_of, validate, monitor, best_of
         numbers = "  ".join(f"{key} {value:.4f}" for key, value in record.items() if key not in ("epoch", "seconds"))
         line = f"{numbers}  {seconds:.1f} s  {count / seconds:.0f} {unit}/s{'  *' if best[0] == epoch else ''}"
         if bar.disable:
-            print(f"epoch {epoch}/{args.epochs}  {line}", flush=True)
+            print(f"epoch {epoch}/{until or args.epochs}  {line}", flush=True)
         else:
             tqdm.write(line)
     content = load_checkpoint(folder / "best.pt", fixed["task"], {"weights": dict})
