@@ -156,7 +156,7 @@ def test_baselines_by_hand():
 
 def test_the_linear_model_is_ridge_regression_refitted_on_all_training_years():
     weather = small_weather()
-    both = weather.starts["train"], np.concatenate([weather.starts["train"], weather.starts["validation"]])
+    both = weather.starts["train"], np.arange(weather.split - 6)  # every window that ends in the training years
 
     def ridge(starts, penalty):  # by centring, instead of a column of ones
         rows = weather.anomalies[starts[:, None] + np.arange(7), 0]
