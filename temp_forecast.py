@@ -274,7 +274,7 @@ def train(args, model_name, weather, data, linear, device):
     options |= {name: getattr(weather, name) for name in ("ahead", "known", "columns")} | {"model": model_name}
     fixed = {"task": "temp", "options": options, "climatology": weather.coefficients.tolist(),
              "scale": weather.scale.tolist(), "source": data["source"]}  # fmt: skip
-    scale = weather.scale[0]
+    scale = float(weather.scale[0])
 
     def new_model(linear):
         training.seed_all(args.seed)
@@ -405,14 +405,15 @@ def draw_forecasts(path, weather, forecasts, title):
     """Six test segments, from the best to the worst forecast: what was known, what came, what was forecast."""
     truth = truth_of(weather, "segments")
     order = np.argsort(np.abs(truth - forecasts).mean(axis=1))
-    figure = Figure(figsize=(12, 6.4), layout="constrained")
+    line = ".-" if weather.steps_a_day == 1 else "-"
+    figure = Figure(figsize=(10.8, 5.8), layout="constrained")
     figure.suptitle(f"{title}: test segments from the best to the worst")
     chosen = order[np.linspace(0, len(order) - 1, 6).round().astype(int)]
     for axes, segment in zip(figure.subplots(2, 3).flat, chosen, strict=True):
         start = int(weather.starts["segments"][segment])
         index = weather.index[start : start + weather.known + weather.ahead]
-        axes.plot(index, weather.truth[start : start + len(index)], "C0.-", markersize=2, label="truth")
-        axes.plot(index[weather.known :], forecasts[segment], "C1.-", markersize=2, label="forecast")
+        axes.plot(index, weather.truth[start : start + len(index)], f"C0{line}", linewidth=1.2, label="truth")
+        axes.plot(index[weather.known :], forecasts[segment], f"C1{line}", linewidth=1.2, label="forecast")
         axes.axvline(index[weather.known], color="grey", linewidth=0.8, linestyle="--")
         error = mean_error(truth[segment], forecasts[segment])
         axes.set_title(f"{index[weather.known]:%Y-%m-%d}: mean error {error:.2f} degC", fontsize=9)
@@ -458,14 +459,18 @@ def compare(args, results):
         cells = [f"{entry['baselines'][name][key]:.3f}" for entry in test for key in ("mean_error", "median_error")]
         lines.append("| " + " | ".join([label, *cells, "", "", ""]) + " |")
     table = "\n".join(lines)
-    stamp = "Bundled sample: made-up data.\n\n" if metrics["data"]["source"] == "sample" else ""
+    sample = metrics["data"]["source"] == "sample"
+    stamp = "Bundled sample: made-up data.\n\n" if sample else ""
     with datasets.whole_file(folder / "comparison.md", "w", encoding="utf-8") as stream:
         stream.write(f"{stamp}Absolute errors on the test years, degC.\n\n{table}\n")
     training.write_json(folder / "comparison.json", {NAMES[name]: metrics for name, (metrics, _) in results.items()})
     training.draw_curves(
         folder / "comparison.png",
         {NAMES[name]: history for name, (_, history) in results.items()},
-        {"training loss, degC": {"train_loss": "-"}, "validation mean error, degC": {"validation_mean_error": "-"}},
+        {
+            f"training loss, degC{' (bundled sample)' if sample else ''}": {"train_loss": "-"},
+            "validation mean error, degC": {"validation_mean_error": "-"},
+        },
     )
     print(f"\n{table}\nwritten to {folder}: comparison.md comparison.json comparison.png", flush=True)
 
@@ -475,7 +480,7 @@ def predict(args, device):
     schema = {"options": dict, "climatology": list, "scale": list, "weights": dict}
     saved = training.load_checkpoint(args.checkpoint, "temp", schema)
     options = saved["options"]
-    model = training.load_weights(build_model(options), saved["weights"], args.checkpoint).to(device)
+    model = training.load_model(lambda saved: build_model(saved["options"]), saved, args.checkpoint).to(device)
     frame, data = datasets.load(datasets.CLIMATE, args.predict)
     with training.quiet():
         series = read_series(frame, data["path"], options["freq"])

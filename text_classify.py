@@ -288,7 +288,8 @@ def compare(args, reviews, results):
                  "parameters": sum(row["parameters"] for row in rows)})  # fmt: skip
     content = {"argv": sys.argv[1:], "seed": args.seed, "data": reviews.data, "rows": rows}
     training.write_json(folder / "comparison.json", content)
-    stamp = "Bundled sample: made-up data.\n\n" if reviews.data["source"] == "sample" else ""
+    sample = reviews.data["source"] == "sample"
+    stamp = "Bundled sample: made-up data.\n\n" if sample else ""
     header = ["model", "accuracy", "precision", "recall", "F1", "parameters", "s/epoch", "best epoch", "epochs to 95 %"]
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     for row in rows:
@@ -305,7 +306,10 @@ def compare(args, reviews, results):
     training.draw_curves(
         folder / "comparison.png",
         {NAMES[name]: history for name, (_, history, _) in results.items()},
-        {"training loss": {"train_loss": "o-"}, "validation macro-F1": {"validation_f1_macro": "o-"}},
+        {
+            f"training loss{' (bundled sample)' if sample else ''}": {"train_loss": "o-"},
+            "validation macro-F1": {"validation_f1_macro": "o-"},
+        },
     )
     print(f"\n{table}\nwritten to {folder}: comparison.md comparison.json comparison.png", flush=True)
 
@@ -314,12 +318,13 @@ def predict(args, device):
     """Label, probability and text of one text, or of each line of the standard input, as they come."""
     schema = {"options": dict, "vocabularies": dict, "labels": list, "weights": dict}
     saved = training.load_checkpoint(args.checkpoint, "text", schema)
-    model = training.load_weights(
-        build_model(saved["options"], saved["vocabularies"], len(saved["labels"])), saved["weights"], args.checkpoint
+    model = training.load_model(
+        lambda saved: build_model(saved["options"], saved["vocabularies"], len(saved["labels"])), saved, args.checkpoint
     ).to(device)
     if args.predict == "-":
         sys.stdin.reconfigure(encoding="utf-8", errors="replace")
     lines = (line.rstrip("\r\n") for line in sys.stdin) if args.predict == "-" else iter([args.predict])
+    lines = (line.encode("utf-8", "replace").decode("utf-8") for line in lines)  # lone surrogates cannot be printed
     while texts := list(islice(lines, 256)):
         ids, counts = encode(
             cut_words(text.strip() for text in texts), saved["options"]["tokens"], saved["vocabularies"]
@@ -327,7 +332,8 @@ def predict(args, device):
         corpus = Corpus(ids, counts, None, saved["options"]["max_tokens"], device)
         best = probabilities(model, corpus, torch.arange(len(texts))).max(dim=1)
         for text, probability, k in zip(texts, best.values.tolist(), best.indices.tolist(), strict=True):
-            print(saved["labels"][k], f"{probability:.4f}", " ".join(text.split()), sep="\t")
+            printable = "".join(character if character.isprintable() else " " for character in text)
+            print(saved["labels"][k], f"{probability:.4f}", " ".join(printable.split()), sep="\t")
         sys.stdout.flush()
 
 

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import csv
+import io
 import json
 import math
 import os
@@ -112,6 +113,8 @@ def seed_all(*numbers):
 
 def run(main):
     """Call a script's main; turn what a user can cause into one line on stderr and the right exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a console that lacks a character shows a question mark
     try:
         main()
         sys.stdout.flush()
@@ -185,8 +188,10 @@ def save_figure(path, figure):
 
 def save_checkpoint(path, **content):
     """Write a checkpoint whole: plain values and tensors only, so that `weights_only` loads it."""
+    packed = io.BytesIO()  # torch.save reports a full disk in its own words; a plain write raises OSError
+    torch.save({"format": FORMAT, **content}, packed)
     with whole_file(path) as stream:
-        torch.save({"format": FORMAT, **content}, stream)
+        stream.write(packed.getbuffer())
 
 
 def load_checkpoint(path, task, schema):
@@ -220,6 +225,15 @@ def load_weights(model, weights, path):
     except (RuntimeError, TypeError, AttributeError) as error:
         raise UserError(f"the weights in {path} do not fit the options in it; train again") from error
     return model
+
+
+def load_model(build, saved, path):
+    """The model that build(saved) makes of a checkpoint's content, with its weights; UserError if they do not fit."""
+    try:
+        model = build(saved)
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise UserError(f"the options in {path} describe no model of this program; train again") from error
+    return load_weights(model, saved["weights"], path)
 
 
 # --- the epoch loop ---------------------------------------------------------------------------------------------------
@@ -284,10 +298,9 @@ def fit(model, args, folder, fixed, batches, loss_of, validate, monitor, best_of
             count += items
             # Asking for a number makes the CPU wait for a GPU: there only now and then.
             if (total.device.type == "cpu" or number_in_epoch % 50 == 49) and not torch.isfinite(total):
-                raise UserError(
-                    f"the loss is not finite in epoch {epoch}, step {number_in_epoch + 1}; "
-                    f"try a lower --lr or --clip; {folder / 'best.pt'} holds the best epoch before"
-                )
+                kept = f"{folder / 'best.pt'} keeps epoch {best[0]}" if best else "no epoch was finished"
+                place = f"epoch {epoch}, step {number_in_epoch + 1}"
+                raise UserError(f"the loss is not finite in {place}; {kept}; try a lower --lr or --clip")
         train_loss = total.item() / count
         seconds = time.perf_counter() - start
         trained = [param.detach().clone() for param in params]
@@ -336,7 +349,7 @@ def draw_curves(path, histories, panels):
         for index, (name, history) in enumerate(histories.items()):
             epochs = [record["epoch"] for record in history]
             for column, style in columns.items():
-                label = column.replace("_", " ") if len(histories) == 1 else f"{name}: {column.replace('_', ' ')}"
+                label = column.replace("_", " ") if len(histories) == 1 else name
                 color = f"C{index}" if len(histories) > 1 else None
                 axes.plot(epochs, [record[column] for record in history], style, label=label, color=color, markersize=3)
         axes.set(title=title, xlabel="epoch")
