@@ -11,14 +11,14 @@ import torch
 import datasets
 import samples
 from datasets import UserError
-from temp_forecast import (
+from temp_forecast import parse_args
+from weather import (
     STAMP,
     TARGET,
     baseline_forecasts,
     fit_climatology,
     fit_linear,
     harmonics,
-    parse_args,
     prepare,
     read_series,
     window_starts,
