@@ -5,8 +5,8 @@ equal in values, states and gradients. What makes them fast on a CPU:
 
 - The pass back through time is derived by hand, so autograd records one node instead of a dozen for every step. A step
   has one product with the state each way (the GRU two); the weights' gradients are one product after the loop.
-- Everything is kept transposed, (T, gates * h, B): a gate is one contiguous block of memory, and in-place operations
-  on it are as fast as they can be. The input products turn into the gates, in place, step by step.
+- Everything is kept transposed, (T, gates * h, B): a gate is one contiguous block of memory, and operations on it are
+  as fast as they can be. Memory is taken from a pool (`_buffer`).
 - tanh(x) = 2 s(2x) - 1: torch's sigmoid is several times faster than its tanh.
 - Products in float32 go to oneDNN, whose kernels are up to twice as fast as the BLAS behind `@`, where torch has it.
 
@@ -21,7 +21,6 @@ import weakref
 import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import conv1d
 
 sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input  # (dS, S) -> dS * S * (1 - S)
 tanh_backward = torch.ops.aten.tanh_backward.grad_input  # (dS, S) -> dS * (1 - S^2)
@@ -58,13 +57,10 @@ def _product(W, X, plus=None):
     return W @ X if plus is None else torch.addmm(plus, W, X)
 
 
-def _products(W, X, b=None):
-    """W X_t + b for every step of X (T, D, B): (T, rows of W, B)."""
-    if X.device.type == "cpu" and X.shape[1] >= 200:
-        return conv1d(X, W[:, :, None], b)  # a convolution of width 1 is this product, by oneDNN; pays if it is large
-    T, _, B = X.shape
-    b = W.new_zeros(1) if b is None else b
-    return torch.baddbmm(b[:, None], W.expand(T, *W.shape), X, out=_buffer(X, T, len(W), B))
+def _input_products(W, b, inputs):
+    """W X_t + b for every step of inputs (T, B, D), one product: (T, rows of W, B), each step a strided view."""
+    T, B, D = inputs.shape
+    return _product(W, inputs.reshape(T * B, D).t()).add_(b[:, None]).view(-1, T, B).transpose(0, 1)
 
 
 def _across_steps(X):
@@ -74,11 +70,11 @@ def _across_steps(X):
     return out.copy_(X.transpose(0, 1)).view(D, T * B)
 
 
-def _input_gradients(ctx, dA, X, W_x):
-    """The gradients of X (T, D, B), W_x and b in A = W_x X + b, from dA (G, T * B)."""
-    T, D, B = X.shape
-    dX = _products(W_x.t().contiguous(), dA[None]).view(D, T, B).transpose(0, 1) if ctx.needs_input_grad[0] else None
-    return dX, _product(dA, _across_steps(X).t()), dA.sum(dim=1)
+def _input_gradients(ctx, dA, inputs, W_x):
+    """The gradients of inputs (T, B, D), W_x and b in A = W_x X + b, from dA (G, T * B)."""
+    T, B, D = inputs.shape
+    d_inputs = _product(W_x.t().contiguous(), dA).view(D, T, B).permute(1, 2, 0) if ctx.needs_input_grad[0] else None
+    return d_inputs, _product(dA, inputs.reshape(T * B, D)), dA.sum(dim=1)
 
 
 def _tanh(X, out):
@@ -108,18 +104,18 @@ class RNNScan(Function):
     """
 
     @staticmethod
-    def forward(ctx, X, W_x, b, W_h, H_0):
-        H = H_0
-        states = _products(W_x, X, b)  # (T, h, B)
-        for A in states.unbind(0):
-            H = _tanh(_product(W_h, H, plus=A), out=A)
-        ctx.save_for_backward(X, W_x, W_h, H_0, states)
+    def forward(ctx, inputs, W_x, b, W_h, H_0):
+        H, X = H_0, _input_products(W_x, b, inputs)
+        states = _buffer(X, *X.shape)  # (T, h, B)
+        for X_t, H_new in _steps(X, states):
+            H = _tanh(_product(W_h, H, plus=X_t), out=H_new)
+        ctx.save_for_backward(inputs, W_x, W_h, H_0, states)
         return states
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_states):
-        X, W_x, W_h, H_0, states = ctx.saved_tensors
+        inputs, W_x, W_h, H_0, states = ctx.saved_tensors
         W_hT = W_h.t().contiguous()
         dA_all = _buffer(states, *states.shape)
         dA = torch.zeros_like(H_0)
@@ -128,7 +124,7 @@ class RNNScan(Function):
             dA = tanh_backward(dH, H, grad_input=dA_new)
         dH_0 = _product(W_hT, dA)
         dA = _across_steps(dA_all)
-        return *_input_gradients(ctx, dA, X, W_x), _product(dA, _with_first(H_0, states).t()), dH_0
+        return *_input_gradients(ctx, dA, inputs, W_x), _product(dA, _with_first(H_0, states).t()), dH_0
 
 
 class GRUScan(Function):
@@ -140,22 +136,21 @@ class GRUScan(Function):
     """
 
     @staticmethod
-    def forward(ctx, X, W_x, b, W_hzr, W_hh, H_0):
-        h = len(H_0)
-        gates = _products(W_x, X, b)  # (T, 3h, B), in the order z, r, h
-        states = _buffer(gates, len(gates), *H_0.shape)
-        H = H_0
-        for ZR, Z, R, H_tilde, H_new in _steps(gates[:, : 2 * h], *gates.chunk(3, dim=1), states):
-            torch.sigmoid(_product(W_hzr, H, plus=ZR), out=ZR)
-            _tanh(_product(W_hh, R * H, plus=H_tilde), out=H_tilde)
+    def forward(ctx, inputs, W_x, b, W_hzr, W_hh, H_0):
+        h, H, X = len(H_0), H_0, _input_products(W_x, b, inputs)
+        gates, states = _buffer(X, *X.shape), _buffer(X, len(X), *H_0.shape)  # (T, 3h, B): z, r, h; (T, h, B)
+        parts = _steps(X[:, : 2 * h], X[:, 2 * h :], gates[:, : 2 * h], *gates.chunk(3, dim=1), states)
+        for X_zr, X_h, ZR, Z, R, H_tilde, H_new in parts:
+            torch.sigmoid(_product(W_hzr, H, plus=X_zr), out=ZR)
+            _tanh(_product(W_hh, R * H, plus=X_h), out=H_tilde)
             H = torch.lerp(H_tilde, H, Z, out=H_new)  # H~ + Z * (H - H~)
-        ctx.save_for_backward(X, W_x, W_hzr, W_hh, H_0, gates, states)
+        ctx.save_for_backward(inputs, W_x, W_hzr, W_hh, H_0, gates, states)
         return states
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_states):
-        X, W_x, W_hzr, W_hh, H_0, gates, states = ctx.saved_tensors
+        inputs, W_x, W_hzr, W_hh, H_0, gates, states = ctx.saved_tensors
         h = len(H_0)
         W_hzrT, W_hhT = W_hzr.t().contiguous(), W_hh.t().contiguous()
         before = torch.cat([H_0[None], states[:-1]])  # H_{t-1}
@@ -177,7 +172,7 @@ class GRUScan(Function):
         dA, H = _across_steps(dA_all), _with_first(H_0, states)
         dW_hzr = _product(dA[: 2 * h], H.t())
         dW_hh = _product(dA[2 * h :], H.mul_(_across_steps(gates[:, h : 2 * h])).t())
-        return *_input_gradients(ctx, dA, X, W_x), dW_hzr, dW_hh, dH
+        return *_input_gradients(ctx, dA, inputs, W_x), dW_hzr, dW_hh, dH
 
 
 class LSTMScan(Function):
@@ -191,22 +186,24 @@ class LSTMScan(Function):
     """
 
     @staticmethod
-    def forward(ctx, X, W_x, b, W_h, H_0, C_0):
-        gates = _products(W_x, X, b)  # (T, 4h, B)
-        states, memories, squashed = (_buffer(gates, len(gates), *H_0.shape) for _ in range(3))  # H, C, tanh(C)
-        H, C = H_0, C_0
-        for A, O, I, F_, C_tilde, C_new, tanh_C, H_new in _steps(gates, *gates.chunk(4, 1), memories, squashed, states):
-            torch.sigmoid(_product(W_h, H, plus=A), out=A)
+    def forward(ctx, inputs, W_x, b, W_h, H_0, C_0):
+        H, C, X = H_0, C_0, _input_products(W_x, b, inputs)
+        gates = _buffer(X, *X.shape)  # (T, 4h, B)
+        states, memories, squashed = (_buffer(X, len(X), *H_0.shape) for _ in range(3))  # H, C, tanh(C)
+        for X_t, A, O, I, F_, C_tilde, C_new, tanh_C, H_new in _steps(
+            X, gates, *gates.chunk(4, dim=1), memories, squashed, states
+        ):
+            torch.sigmoid(_product(W_h, H, plus=X_t), out=A)
             C_tilde.mul_(TWO).sub_(ONE)
             C = torch.mul(F_, C, out=C_new).addcmul_(I, C_tilde)
             H = torch.mul(O, _tanh(C, out=tanh_C), out=H_new)
-        ctx.save_for_backward(X, W_x, W_h, H_0, C_0, gates, states, memories, squashed)
+        ctx.save_for_backward(inputs, W_x, W_h, H_0, C_0, gates, states, memories, squashed)
         return states, C.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_states, dC):
-        X, W_x, W_h, H_0, C_0, gates, states, memories, squashed = ctx.saved_tensors
+        inputs, W_x, W_h, H_0, C_0, gates, states, memories, squashed = ctx.saved_tensors
         h = len(H_0)
         W_hT = W_h.t().contiguous()
         C_before = [C_0, *memories[:-1].unbind(0)]
@@ -229,7 +226,7 @@ class LSTMScan(Function):
             dC *= F_
         dH_0 = _product(W_hT, dA)
         dA = _across_steps(dA_all)
-        return *_input_gradients(ctx, dA, X, W_x), _product(dA, _with_first(H_0, states).t()), dH_0, dC
+        return *_input_gradients(ctx, dA, inputs, W_x), _product(dA, _with_first(H_0, states).t()), dH_0, dC
 
 
 def _rows(*columns):
@@ -240,26 +237,23 @@ def _rows(*columns):
 def rnn(inputs, state, params):
     """`rnn_models.rnn_steps`: inputs (T, B, D), state (H,), params W_xh W_hh b_h -> states (T, B, h), (H,)."""
     W_xh, W_hh, b_h = params
-    X = inputs.transpose(1, 2).contiguous()
-    states = RNNScan.apply(X, W_xh.t().contiguous(), b_h, W_hh.t().contiguous(), state[0].t().contiguous())
+    states = RNNScan.apply(inputs, W_xh.t().contiguous(), b_h, W_hh.t().contiguous(), state[0].t().contiguous())
     return states.transpose(1, 2), (states[-1].t(),)
 
 
 def gru(inputs, state, params):
     """`rnn_models.gru_steps`: inputs (T, B, D), state (H,), params in threes for z, r, h -> states (T, B, h), (H,)."""
     W_xz, W_hz, b_z, W_xr, W_hr, b_r, W_xh, W_hh, b_h = params
-    X = inputs.transpose(1, 2).contiguous()
     W_x, b, W_hzr = _rows(W_xz, W_xr, W_xh), _rows(b_z, b_r, b_h), _rows(W_hz, W_hr)
-    states = GRUScan.apply(X, W_x, b, W_hzr, W_hh.t().contiguous(), state[0].t().contiguous())
+    states = GRUScan.apply(inputs, W_x, b, W_hzr, W_hh.t().contiguous(), state[0].t().contiguous())
     return states.transpose(1, 2), (states[-1].t(),)
 
 
 def lstm(inputs, state, params):
     """`rnn_models.lstm_steps`: inputs (T, B, D), state (H, C), params in threes for i f o c -> states, (H, C)."""
     W_xi, W_hi, b_i, W_xf, W_hf, b_f, W_xo, W_ho, b_o, W_xc, W_hc, b_c = params
-    X = inputs.transpose(1, 2).contiguous()
     W_x, b, W_h = _rows(W_xo, W_xi, W_xf, 2 * W_xc), _rows(b_o, b_i, b_f, 2 * b_c), _rows(W_ho, W_hi, W_hf, 2 * W_hc)
-    states, C = LSTMScan.apply(X, W_x, b, W_h, *(part.t().contiguous() for part in state))
+    states, C = LSTMScan.apply(inputs, W_x, b, W_h, *(part.t().contiguous() for part in state))
     return states.transpose(1, 2), (states[-1].t(), C.t())
 
 

@@ -183,7 +183,7 @@ def write_csv(path, header, rows):
 def save_figure(path, figure):
     """Write a figure as a PNG file, whole."""
     with whole_file(path) as stream:
-        figure.savefig(stream, format="png", dpi=110)
+        figure.savefig(stream, format="png", dpi=88)
 
 
 def save_checkpoint(path, **content):
