@@ -187,13 +187,11 @@ class LSTMScan(Function):
 
     @staticmethod
     def forward(ctx, inputs, W_x, b, W_h, H_0, C_0):
-        H, C, X = H_0, C_0, _input_products(W_x, b, inputs)
-        gates = _buffer(X, *X.shape)  # (T, 4h, B)
-        states, memories, squashed = (_buffer(X, len(X), *H_0.shape) for _ in range(3))  # H, C, tanh(C)
-        for X_t, A, O, I, F_, C_tilde, C_new, tanh_C, H_new in _steps(
-            X, gates, *gates.chunk(4, dim=1), memories, squashed, states
-        ):
-            torch.sigmoid(_product(W_h, H, plus=X_t), out=A)
+        H, C = H_0, C_0
+        gates = _input_products(W_x, b, inputs)  # (T, 4h, B), in place
+        states, memories, squashed = (_buffer(gates, len(gates), *H_0.shape) for _ in range(3))  # H, C, tanh(C)
+        for A, O, I, F_, C_tilde, C_new, tanh_C, H_new in _steps(gates, *gates.chunk(4, 1), memories, squashed, states):
+            torch.sigmoid(_product(W_h, H, plus=A), out=A)
             C_tilde.mul_(TWO).sub_(ONE)
             C = torch.mul(F_, C, out=C_new).addcmul_(I, C_tilde)
             H = torch.mul(O, _tanh(C, out=tanh_C), out=H_new)
