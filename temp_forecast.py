@@ -240,14 +240,14 @@ def draw_forecasts(path, weather, forecasts, title):
     truth = truth_of(weather, "segments")
     order = np.argsort(np.abs(truth - forecasts).mean(axis=1))
     line = ".-" if weather.steps_a_day == 1 else "-"
-    figure = Figure(figsize=(10.8, 5.8), layout="constrained")
+    figure = Figure(figsize=(10.2, 5.4), layout="constrained")
     figure.suptitle(f"{title}: test segments from the best to the worst")
     chosen = order[np.linspace(0, len(order) - 1, 6).round().astype(int)]
     for axes, segment in zip(figure.subplots(2, 3).flat, chosen, strict=True):
         start = int(weather.starts["segments"][segment])
         index = weather.index[start : start + weather.known + weather.ahead]
-        axes.plot(index, weather.truth[start : start + len(index)], f"C0{line}", linewidth=1.2, label="truth")
-        axes.plot(index[weather.known :], forecasts[segment], f"C1{line}", linewidth=1.2, label="forecast")
+        axes.plot(index, weather.truth[start : start + len(index)], f"C0{line}", linewidth=1, label="truth")
+        axes.plot(index[weather.known :], forecasts[segment], f"C1{line}", linewidth=1, label="forecast")
         axes.axvline(index[weather.known], color="grey", linewidth=0.8, linestyle="--")
         error = mean_error(truth[segment], forecasts[segment])
         axes.set_title(f"{index[weather.known]:%Y-%m-%d}: mean error {error:.2f} degC", fontsize=9)
