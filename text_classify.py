@@ -84,7 +84,7 @@ def parse_args(arguments=None):
 
 
 @torch.no_grad()
-def probabilities(model, corpus, rows, batch_size=256):
+def probabilities(model, corpus, rows, batch_size=128):
     """Class probabilities (n, K) of the texts in rows (n,), in their order, on the CPU."""
     model.eval()
     batches = corpus.plan(rows, batch_size, shuffle=False)
@@ -350,6 +350,7 @@ def main():
     )
     ids, counts = encode(reviews.cuts, args.tokens, vocabularies)
     corpus = Corpus(ids, counts, reviews.labels, args.max_tokens, device)
+    del reviews.cuts  # millions of strings that nothing needs any more
     names = list(CELLS) if args.model == "all" else [args.model]
     results = {name: train(args, name, reviews, corpus, vocabularies, device) for name in names}
     if args.model == "all":
