@@ -79,7 +79,7 @@ def text_tables(groups):
         "parameters",
         "s/epoch",
     ]
-    rows, means = [], []
+    rows = []
     for setting in sorted({setting for setting, _ in groups}):
         ensembles = {run.parent / "text_all" / "comparison.json" for runs in
                      (groups.get((setting, model), []) for model in NAMES) for run, _ in runs}  # fmt: skip

@@ -292,21 +292,15 @@ def compare(args, results):
         test = metrics["test"].values()
         cells = [f"{entry['baselines'][name][key]:.3f}" for entry in test for key in ("mean_error", "median_error")]
         lines.append("| " + " | ".join([label, *cells, "", "", ""]) + " |")
-    table = "\n".join(lines)
-    sample = metrics["data"]["source"] == "sample"
-    stamp = "Bundled sample: made-up data.\n\n" if sample else ""
-    with datasets.whole_file(folder / "comparison.md", "w", encoding="utf-8") as stream:
-        stream.write(f"{stamp}Absolute errors on the test years, degC.\n\n{table}\n")
-    training.write_json(folder / "comparison.json", {NAMES[name]: metrics for name, (metrics, _) in results.items()})
-    training.draw_curves(
-        folder / "comparison.png",
+    training.write_comparison(
+        folder,
+        "Absolute errors on the test years, degC.",
+        "\n".join(lines),
+        {NAMES[name]: metrics for name, (metrics, _) in results.items()},
         {NAMES[name]: history for name, (_, history) in results.items()},
-        {
-            f"training loss, degC{' (bundled sample)' if sample else ''}": {"train_loss": "-"},
-            "validation mean error, degC": {"validation_mean_error": "-"},
-        },
+        {"training loss, degC": {"train_loss": "-"}, "validation mean error, degC": {"validation_mean_error": "-"}},
+        metrics["data"]["source"] == "sample",
     )
-    print(f"\n{table}\nwritten to {folder}: comparison.md comparison.json comparison.png", flush=True)
 
 
 def predict(args, device):

@@ -286,10 +286,6 @@ def compare(args, reviews, results):
     _, test = test_metrics(reviews, torch.stack([scores for *_, scores in results.values()]).mean(dim=0))
     rows.append({"model": "mean of the four", **{key: test[key] for key in TEST_METRICS},
                  "parameters": sum(row["parameters"] for row in rows)})  # fmt: skip
-    content = {"argv": sys.argv[1:], "seed": args.seed, "data": reviews.data, "rows": rows}
-    training.write_json(folder / "comparison.json", content)
-    sample = reviews.data["source"] == "sample"
-    stamp = "Bundled sample: made-up data.\n\n" if sample else ""
     header = ["model", "accuracy", "precision", "recall", "F1", "parameters", "s/epoch", "best epoch", "epochs to 95 %"]
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     for row in rows:
@@ -300,18 +296,15 @@ def compare(args, reviews, results):
             else ["", "", ""]
         )
         lines.append("| " + " | ".join([row["model"], *cells]) + " |")
-    table = "\n".join(lines)
-    with datasets.whole_file(folder / "comparison.md", "w", encoding="utf-8") as stream:
-        stream.write(f"{stamp}Test rows; precision, recall and F1 are macro averages.\n\n{table}\n")
-    training.draw_curves(
-        folder / "comparison.png",
+    training.write_comparison(
+        folder,
+        "Test rows; precision, recall and F1 are macro averages.",
+        "\n".join(lines),
+        {"argv": sys.argv[1:], "seed": args.seed, "data": reviews.data, "rows": rows},
         {NAMES[name]: history for name, (_, history, _) in results.items()},
-        {
-            f"training loss{' (bundled sample)' if sample else ''}": {"train_loss": "o-"},
-            "validation macro-F1": {"validation_f1_macro": "o-"},
-        },
+        {"training loss": {"train_loss": "o-"}, "validation macro-F1": {"validation_f1_macro": "o-"}},
+        reviews.data["source"] == "sample",
     )
-    print(f"\n{table}\nwritten to {folder}: comparison.md comparison.json comparison.png", flush=True)
 
 
 def predict(args, device):

@@ -342,6 +342,16 @@ def _assign(params, values):
             param.copy_(value)
 
 
+def write_comparison(folder, note, table, content, histories, panels, sample):
+    """comparison.md, .json and .png of several structures: a note and a table; content; learning curves as below."""
+    stamp, mark = ("Bundled sample: made-up data.\n\n", " (bundled sample)") if sample else ("", "")
+    with whole_file(folder / "comparison.md", "w", encoding="utf-8") as stream:
+        stream.write(f"{stamp}{note}\n\n{table}\n")
+    write_json(folder / "comparison.json", content)
+    draw_curves(folder / "comparison.png", histories, {title + mark: columns for title, columns in panels.items()})
+    print(f"\n{table}\nwritten to {folder}: comparison.md comparison.json comparison.png", flush=True)
+
+
 def draw_curves(path, histories, panels):
     """Learning curves: histories {name: list of dicts}; panels {title: {column: line style}}, side by side."""
     figure = Figure(figsize=(5.2 * len(panels), 3.8), layout="constrained")
