@@ -3,10 +3,11 @@
 `rnn`, `gru` and `lstm` here take and return what `rnn_steps`, `gru_steps` and `lstm_steps` do, and a test proves them
 equal in values, states and gradients. What makes them fast on a CPU:
 
-- The pass back through time is derived by hand, so autograd records one node instead of a dozen for every step. A step
-  has one product with the state each way (the GRU two); the weights' gradients are one product after the loop.
-- Everything is kept transposed, (T, gates * h, B): a gate is one contiguous block of memory, and operations on it are
-  as fast as they can be. Memory is taken from a pool (`_buffer`).
+- The pass back through time is derived by hand, so autograd records one node instead of a dozen for every step.
+- Input and state lie side by side in one buffer, XH = [X H]: a step has one product, XH W + b with W_x above W_h (the
+  GRU two), into which each new state is written where the next step reads it. Backwards, a step has one product with
+  W_h^T (the GRU two); the gradients of inputs and weights are one large product each after the loop.
+- Few operations a step, each on a whole gate or on all gates at once, in memory from a pool (`_buffer`).
 - tanh(x) = 2 s(2x) - 1: torch's sigmoid is several times faster than its tanh.
 - Products in float32 go to oneDNN, whose kernels are up to twice as fast as the BLAS behind `@`, where torch has it.
 
@@ -24,9 +25,9 @@ from torch.autograd.function import once_differentiable
 
 sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input  # (dS, S) -> dS * S * (1 - S)
 tanh_backward = torch.ops.aten.tanh_backward.grad_input  # (dS, S) -> dS * (1 - S^2)
-# torch's own compiler calls this operator; the pinned version of torch has it wherever it has oneDNN.
-_onednn_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
-ONE, TWO = torch.tensor(1.0), torch.tensor(2.0)  # as tensors they cost half of what Python's numbers cost
+# torch's own compiler calls these operators; the pinned version of torch has them wherever it has oneDNN.
+_onednn = torch.ops.mkldnn if hasattr(torch.ops.mkldnn, "_linear_pointwise") else None
+MINUS_ONE = torch.tensor(-1.0)  # as a tensor it costs half of what Python's number costs
 _free = []  # memory that no tensor uses any more
 
 
@@ -49,37 +50,36 @@ def _buffer(like, *shape):
     return torch.from_numpy(used).view(like.dtype).view(shape)
 
 
-def _product(W, X, plus=None):
-    """W @ X, or plus + W @ X, for matrices."""
-    if _onednn_linear is not None and W.device.type == "cpu" and W.dtype == torch.float32:
-        product = _onednn_linear(W, X.t(), None, "none", [], "")
-        return product if plus is None else product.add_(plus)
-    return W @ X if plus is None else torch.addmm(plus, W, X)
+def _packed(W):
+    """W for many products X W: in the order of memory in which oneDNN reads it fastest, where oneDNN is used."""
+    if _onednn and W.device.type == "cpu" and W.dtype == torch.float32:
+        return _onednn._reorder_linear_weight(W.t().contiguous())
+    return W
 
 
-def _input_products(W, b, inputs):
-    """W X_t + b for every step of inputs (T, B, D), one product: (T, rows of W, B), each step a strided view."""
+def _product(X, W, b=None, squash="none"):
+    """squash(X W + b) for matrices; squash: "none" or "tanh"."""
+    if W.is_mkldnn:
+        return _onednn._linear_pointwise(X, W, b, squash, [], "")
+    if _onednn and W.device.type == "cpu" and W.dtype == torch.float32:
+        return _onednn._linear_pointwise(X, W.t(), b, squash, [], "")
+    Y = X @ W if b is None else torch.addmm(b, X, W)
+    return Y.tanh_() if squash == "tanh" else Y
+
+
+def _beside(inputs, H_0):
+    """The buffer XH (T + 1, B, D + h) with the inputs (T, B, D) and the first state (B, h) in place; and its part H."""
     T, B, D = inputs.shape
-    return _product(W, inputs.reshape(T * B, D).t()).add_(b[:, None]).view(-1, T, B).transpose(0, 1)
+    XH = _buffer(inputs, T + 1, B, D + H_0.shape[1])
+    XH[:-1, :, :D] = inputs
+    H = XH[:, :, D:]
+    H[0] = H_0
+    return XH, H
 
 
-def _across_steps(X):
-    """X (T, D, B) as a matrix (D, T * B)."""
-    T, D, B = X.shape
-    out = _buffer(X, D, T, B)
-    return out.copy_(X.transpose(0, 1)).view(D, T * B)
-
-
-def _input_gradients(ctx, dA, inputs, W_x):
-    """The gradients of inputs (T, B, D), W_x and b in A = W_x X + b, from dA (G, T * B)."""
-    T, B, D = inputs.shape
-    d_inputs = _product(W_x.t().contiguous(), dA).view(D, T, B).permute(1, 2, 0) if ctx.needs_input_grad[0] else None
-    return d_inputs, _product(dA, inputs.reshape(T * B, D)), dA.sum(dim=1)
-
-
-def _tanh(X, out):
-    """tanh(X), written to `out`."""
-    return torch.mul(X, TWO, out=out).sigmoid_().mul_(TWO).sub_(ONE)
+def _kept(like, keep, T, *shape):
+    """A buffer (T, *shape) for what the pass back needs; where there will be none, the same memory for all T steps."""
+    return _buffer(like, T if keep else 1, *shape).expand(T, *shape)
 
 
 def _steps(*tensors):
@@ -87,92 +87,103 @@ def _steps(*tensors):
     return list(zip(*(tensor.unbind(0) for tensor in tensors), strict=True))
 
 
-def _with_first(H_0, states):
-    """H_{t-1} for every step: H_0 and all states but the last, as a matrix (h, T * B)."""
-    T, h, B = states.shape
-    out = _buffer(states, h, T, B)
-    out[:, 0] = H_0
-    out[:, 1:] = states[:-1].transpose(0, 1)
-    return out.view(h, T * B)
+def _tanh_of(S, out):
+    """tanh(x) from S = s(2x), written to `out`."""
+    return torch.add(MINUS_ONE, S, alpha=2, out=out)
+
+
+def _gradients(XH, dA):
+    """The gradients of W and b in A = XH W + b, from all steps' XH (T, B, K) and dA (T, B, G): sums over T and B."""
+    XH, dA = XH.flatten(0, 1), dA.flatten(0, 1)
+    return _product(_buffer(XH, *XH.t().shape).copy_(XH.t()), dA), dA.sum(dim=0)
+
+
+def _input_gradient(dA, W_x):
+    """dX = dA W_x^T for all steps' dA (T, B, G): (T, B, D)."""
+    return _product(dA.flatten(0, 1), W_x.t()).view(*dA.shape[:2], -1)
 
 
 class RNNScan(Function):
-    """H_t = tanh(A_t),  A_t = W_x X_t + b + W_h H_{t-1}.
+    """H_t = tanh(A_t),  A_t = X_t W_x + H_{t-1} W_h + b.
 
     Backwards, with dH_t the sum of what comes from above and from step t + 1:
-    dA_t = dH_t * (1 - H_t^2);  dH_{t-1} += W_h^T dA_t;  dW_h = sum_t dA_t H_{t-1}^T.
+    dA_t = dH_t * (1 - H_t^2);  dH_{t-1} += dA_t W_h^T;  dW = sum_t XH_t^T dA_t.
     """
 
     @staticmethod
-    def forward(ctx, inputs, W_x, b, W_h, H_0):
-        H, X = H_0, _input_products(W_x, b, inputs)
-        states = _buffer(X, *X.shape)  # (T, h, B)
-        for X_t, H_new in _steps(X, states):
-            H = _tanh(_product(W_h, H, plus=X_t), out=H_new)
-        ctx.save_for_backward(inputs, W_x, W_h, H_0, states)
-        return states
+    def forward(ctx, inputs, W, b, H_0, keep):
+        XH, H = _beside(inputs, H_0)
+        W_ = _packed(W)
+        for XH_t, H_t in _steps(XH[:-1], H[1:]):
+            H_t.copy_(_product(XH_t, W_, b, "tanh"))
+        ctx.save_for_backward(XH, W)
+        return H[1:]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_states):
-        inputs, W_x, W_h, H_0, states = ctx.saved_tensors
-        W_hT = W_h.t().contiguous()
-        dA_all = _buffer(states, *states.shape)
-        dA = torch.zeros_like(H_0)
-        for dA_new, H, dY in reversed(_steps(dA_all, states, d_states)):
-            dH = _product(W_hT, dA, plus=dY)
-            dA = tanh_backward(dH, H, grad_input=dA_new)
-        dH_0 = _product(W_hT, dA)
-        dA = _across_steps(dA_all)
-        return *_input_gradients(ctx, dA, inputs, W_x), _product(dA, _with_first(H_0, states).t()), dH_0
+        XH, W = ctx.saved_tensors
+        W_x, W_h = W.split([len(W) - W.shape[1], W.shape[1]])
+        W_hT, H = _packed(W_h.t()), XH[1:, :, len(W_x) :]
+        dA_all = _buffer(XH, *H.shape)
+        dH_next = torch.zeros_like(d_states[0])  # dA_{t+1} W_h^T
+        for H_t, dY, dA in reversed(_steps(H, d_states, dA_all)):
+            tanh_backward(dH_next.add_(dY), H_t, grad_input=dA)
+            dH_next = _product(dA, W_hT)
+        d_inputs = _input_gradient(dA_all, W_x) if ctx.needs_input_grad[0] else None
+        return d_inputs, *_gradients(XH[:-1], dA_all), dH_next, None
 
 
 class GRUScan(Function):
-    """Z, R = s(A_z), s(A_r);  H~ = tanh(A_h),  A_h = ... + W_hh (R * H_{t-1});  H_t = Z * H_{t-1} + (1 - Z) * H~.
+    """Z, R = s(A_z), s(A_r);  H~ = tanh(A_h),  A_h = ... + (R * H_{t-1}) W_hh;  H_t = Z * H_{t-1} + (1 - Z) * H~.
 
     Backwards: dZ = dH_t * (H_{t-1} - H~);  dA_h = dH_t * (1 - Z) * (1 - H~^2);
-    with M = R * H_{t-1}: dM = W_hh^T dA_h;  dR = dM * H_{t-1};  dA_z, dA_r = dZ * Z * (1 - Z), dR * R * (1 - R);
-    dH_{t-1} += dH_t * Z + dM * R + W_hz^T dA_z + W_hr^T dA_r.
+    with M = R * H_{t-1}: dM = dA_h W_hh^T;  dR = dM * H_{t-1};  dA_z, dA_r = dZ * Z * (1 - Z), dR * R * (1 - R);
+    dH_{t-1} += dH_t * Z + dM * R + dA_z W_hz^T + dA_r W_hr^T.
     """
 
     @staticmethod
-    def forward(ctx, inputs, W_x, b, W_hzr, W_hh, H_0):
-        h, H, X = len(H_0), H_0, _input_products(W_x, b, inputs)
-        gates, states = _buffer(X, *X.shape), _buffer(X, len(X), *H_0.shape)  # (T, 3h, B): z, r, h; (T, h, B)
-        parts = _steps(X[:, : 2 * h], X[:, 2 * h :], gates[:, : 2 * h], *gates.chunk(3, dim=1), states)
-        for X_zr, X_h, ZR, Z, R, H_tilde, H_new in parts:
-            torch.sigmoid(_product(W_hzr, H, plus=X_zr), out=ZR)
-            _tanh(_product(W_hh, R * H, plus=X_h), out=H_tilde)
-            H = torch.lerp(H_tilde, H, Z, out=H_new)  # H~ + Z * (H - H~)
-        ctx.save_for_backward(inputs, W_x, W_hzr, W_hh, H_0, gates, states)
-        return states
+    def forward(ctx, inputs, W_zr, b_zr, W_h, b_h, H_0, keep):
+        (T, B, _), h = inputs.shape, H_0.shape[1]
+        (XH, H), (XM, M) = _beside(inputs, H_0), _beside(inputs, H_0)
+        gates, candidates = _kept(inputs, keep, T, B, 2 * h), _kept(inputs, keep, T, B, h)  # z r; H~
+        W_zr_, W_h_ = _packed(W_zr), _packed(W_h)
+        parts = _steps(XH[:-1], XM[:-1], M[:-1], gates, *gates.chunk(2, dim=2), candidates, H[:-1], H[1:])
+        for XH_t, XM_t, M_t, ZR, Z, R, H_tilde, H_t, H_new in parts:
+            torch.sigmoid(_product(XH_t, W_zr_, b_zr), out=ZR)
+            torch.mul(R, H_t, out=M_t)
+            H_tilde.copy_(_product(XM_t, W_h_, b_h, "tanh"))
+            torch.lerp(H_tilde, H_t, Z, out=H_new)  # H~ + Z * (H - H~)
+        if keep:
+            ctx.save_for_backward(XH, XM, gates, candidates, W_zr, W_h)
+        return H[1:]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_states):
-        inputs, W_x, W_hzr, W_hh, H_0, gates, states = ctx.saved_tensors
-        h = len(H_0)
-        W_hzrT, W_hhT = W_hzr.t().contiguous(), W_hh.t().contiguous()
-        before = torch.cat([H_0[None], states[:-1]])  # H_{t-1}
-        dA_all = torch.empty_like(gates)
-        parts = _steps(gates[:, : 2 * h], *gates.chunk(3, dim=1), before, d_states)
-        d_parts = _steps(dA_all[:, : 2 * h], *dA_all.chunk(3, dim=1))
-        dH = torch.zeros_like(H_0)
+        XH, XM, gates, candidates, W_zr, W_h = ctx.saved_tensors
+        h = W_h.shape[1]
+        D = len(W_h) - h
+        W_hzrT, W_hhT = _packed(W_zr[D:].t()), _packed(W_h[D:].t())
+        dA_zr_all, dA_h_all = _buffer(XH, *gates.shape), _buffer(XH, *candidates.shape)
+        parts = _steps(gates, *gates.chunk(2, dim=2), candidates, XH[:-1, :, D:], d_states)
+        d_parts = _steps(dA_zr_all, *dA_zr_all.chunk(2, dim=2), dA_h_all)
+        dH = torch.zeros_like(d_states[0])
         for (ZR, Z, R, H_tilde, H, dY), (dA_zr, dA_z, dA_r, dA_h) in zip(
             reversed(parts), reversed(d_parts), strict=True
         ):
-            dH = dH + dY
+            dH += dY
             torch.sub(H, H_tilde, out=dA_z).mul_(dH)
             torch.addcmul(dH, dH, Z, value=-1, out=dA_h)
             tanh_backward(dA_h, H_tilde, grad_input=dA_h)
-            dM = _product(W_hhT, dA_h)
+            dM = _product(dA_h, W_hhT)
             torch.mul(dM, H, out=dA_r)
             sigmoid_backward(dA_zr, ZR, grad_input=dA_zr)
-            dH = _product(W_hzrT, dA_zr, plus=dH.mul_(Z).addcmul_(dM, R))
-        dA, H = _across_steps(dA_all), _with_first(H_0, states)
-        dW_hzr = _product(dA[: 2 * h], H.t())
-        dW_hh = _product(dA[2 * h :], H.mul_(_across_steps(gates[:, h : 2 * h])).t())
-        return *_input_gradients(ctx, dA, inputs, W_x), dW_hzr, dW_hh, dH
+            dH.mul_(Z).addcmul_(dM, R).add_(_product(dA_zr, W_hzrT))
+        d_inputs = None
+        if ctx.needs_input_grad[0]:
+            d_inputs = _input_gradient(dA_zr_all, W_zr[:D]).add_(_input_gradient(dA_h_all, W_h[:D]))
+        return d_inputs, *_gradients(XH[:-1], dA_zr_all), *_gradients(XM[:-1], dA_h_all), dH, None
 
 
 class LSTMScan(Function):
@@ -180,79 +191,85 @@ class LSTMScan(Function):
 
     Backwards: dO = dH_t * tanh(C_t);  dC_t += dH_t * O * (1 - tanh(C_t)^2);
     dI = dC_t * C~;  dF = dC_t * C_{t-1};  dC~ = dC_t * I;  each dA. by its gate's slope;
-    dC_{t-1} = dC_t * F;  dH_{t-1} += W_h^T dA.
-    W_x, b and W_h hold the gates in the order o i f c, and twice the weights of c: its s(2 A_c) comes with the other
-    gates' sigmoid and makes tanh(A_c) = 2 s(2 A_c) - 1. The gradient of the doubled A_c is half that of A_c.
+    dC_{t-1} = dC_t * F;  dH_{t-1} += dA W_h^T.
+    W and b hold the gates in the order o i f c, and twice the weights of c: its S = s(2 A_c) comes with the other
+    gates' sigmoid and makes C~ = 2 S - 1, so that dS = 2 dC~.
     """
 
     @staticmethod
-    def forward(ctx, inputs, W_x, b, W_h, H_0, C_0):
-        H, C = H_0, C_0
-        gates = _input_products(W_x, b, inputs)  # (T, 4h, B), in place
-        states, memories, squashed = (_buffer(gates, len(gates), *H_0.shape) for _ in range(3))  # H, C, tanh(C)
-        for A, O, I, F_, C_tilde, C_new, tanh_C, H_new in _steps(gates, *gates.chunk(4, 1), memories, squashed, states):
-            torch.sigmoid(_product(W_h, H, plus=A), out=A)
-            C_tilde.mul_(TWO).sub_(ONE)
+    def forward(ctx, inputs, W, b, H_0, C_0, keep):
+        (T, B, _), h = inputs.shape, H_0.shape[1]
+        XH, H = _beside(inputs, H_0)
+        gates = _kept(inputs, keep, T, B, 4 * h)  # o i f s
+        memories, squashed = _kept(inputs, keep, T, B, h), _kept(inputs, keep, T, B, h)  # C; tanh(C)
+        W_, C, C_tilde = _packed(W), C_0, torch.empty_like(C_0)
+        for XH_t, OIFS, O, I, F_, S, C_new, tanh_C, H_new in _steps(
+            XH[:-1], gates, *gates.chunk(4, dim=2), memories, squashed, H[1:]
+        ):
+            torch.sigmoid(_product(XH_t, W_, b), out=OIFS)
+            _tanh_of(S, out=C_tilde)
             C = torch.mul(F_, C, out=C_new).addcmul_(I, C_tilde)
-            H = torch.mul(O, _tanh(C, out=tanh_C), out=H_new)
-        ctx.save_for_backward(inputs, W_x, W_h, H_0, C_0, gates, states, memories, squashed)
-        return states, C.clone()
+            _tanh_of(torch.add(C, C, out=tanh_C).sigmoid_(), out=tanh_C)
+            torch.mul(O, tanh_C, out=H_new)
+        if keep:
+            ctx.save_for_backward(XH, gates, memories, squashed, C_0, W)
+        return H[1:], C.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_states, dC):
-        inputs, W_x, W_h, H_0, C_0, gates, states, memories, squashed = ctx.saved_tensors
-        h = len(H_0)
-        W_hT = W_h.t().contiguous()
+        XH, gates, memories, squashed, C_0, W = ctx.saved_tensors
+        W_x, W_h = W.split([len(W) - C_0.shape[1], C_0.shape[1]])
+        W_hT = _packed(W_h.t())
+        dA_all = _buffer(XH, *gates.shape)
+        parts = _steps(gates, *gates.chunk(4, dim=2), squashed, d_states)
+        d_parts = _steps(dA_all, *dA_all.chunk(4, dim=2))
         C_before = [C_0, *memories[:-1].unbind(0)]
-        dA_all = _buffer(gates, *gates.shape)
-        parts = _steps(gates[:, : 3 * h], *gates.chunk(4, dim=1), squashed, d_states)
-        d_parts = _steps(dA_all, dA_all[:, : 3 * h], *dA_all.chunk(4, dim=1))
-        dA, dC, d_tanh = torch.zeros_like(dA_all[0]), dC.clone(), torch.empty_like(C_0)
+        dC, dH_next, zero = dC.clone(), torch.zeros_like(C_0), torch.zeros_like(C_0)
+        C_tilde, slope = torch.empty_like(C_0), torch.empty_like(C_0)
         for t in reversed(range(len(parts))):
-            OIF, O, I, F_, C_tilde, tanh_C, dY = parts[t]
-            dH = _product(W_hT, dA, plus=dY)
-            dA, dA_oif, dA_o, dA_i, dA_f, dA_c = d_parts[t]
-            torch.mul(dH, O, out=d_tanh)
-            dC += tanh_backward(d_tanh, tanh_C, grad_input=d_tanh)
+            OIFS, O, I, F_, S, tanh_C, dY = parts[t]
+            dA, dA_o, dA_i, dA_f, dA_c = d_parts[t]
+            dH = dH_next.add_(dY)
             torch.mul(dH, tanh_C, out=dA_o)
-            torch.mul(dC, C_tilde, out=dA_i)
+            dC.addcmul_(O, torch.addcmul(dH, dA_o, tanh_C, value=-1, out=slope))  # dH * (1 - tanh(C)^2)
+            torch.mul(dC, _tanh_of(S, out=C_tilde), out=dA_i)
             torch.mul(dC, C_before[t], out=dA_f)
-            torch.mul(dC, I, out=dA_c)
-            sigmoid_backward(dA_oif, OIF, grad_input=dA_oif)
-            tanh_backward(dA_c, C_tilde, grad_input=dA_c).div_(TWO)
-            dC *= F_
-        dH_0 = _product(W_hT, dA)
-        dA = _across_steps(dA_all)
-        return *_input_gradients(ctx, dA, inputs, W_x), _product(dA, _with_first(H_0, states).t()), dH_0, dC
+            torch.addcmul(zero, dC, I, value=2, out=dA_c)
+            sigmoid_backward(dA, OIFS, grad_input=dA)
+            dH_next = _product(dA, W_hT)
+            dC.mul_(F_)
+        d_inputs = _input_gradient(dA_all, W_x) if ctx.needs_input_grad[0] else None
+        return d_inputs, *_gradients(XH[:-1], dA_all), dH_next, dC, None
 
 
-def _rows(*columns):
-    """Matrices (D, h) or vectors (h,) of several gates as one matrix (gates * h, D) or vector (gates * h,)."""
-    return torch.cat([column.t() for column in columns])
+def _joined(W_xs, W_hs, bs):
+    """W = [W_x; W_h] (D + h, gates * h) and b (gates * h,) of several gates side by side."""
+    return torch.cat([torch.cat(W_xs, dim=1), torch.cat(W_hs, dim=1)]), torch.cat(bs)
 
 
 def rnn(inputs, state, params):
     """`rnn_models.rnn_steps`: inputs (T, B, D), state (H,), params W_xh W_hh b_h -> states (T, B, h), (H,)."""
     W_xh, W_hh, b_h = params
-    states = RNNScan.apply(inputs, W_xh.t().contiguous(), b_h, W_hh.t().contiguous(), state[0].t().contiguous())
-    return states.transpose(1, 2), (states[-1].t(),)
+    states = RNNScan.apply(inputs, torch.cat([W_xh, W_hh]), b_h, *state, torch.is_grad_enabled())
+    return states, (states[-1],)
 
 
 def gru(inputs, state, params):
     """`rnn_models.gru_steps`: inputs (T, B, D), state (H,), params in threes for z, r, h -> states (T, B, h), (H,)."""
     W_xz, W_hz, b_z, W_xr, W_hr, b_r, W_xh, W_hh, b_h = params
-    W_x, b, W_hzr = _rows(W_xz, W_xr, W_xh), _rows(b_z, b_r, b_h), _rows(W_hz, W_hr)
-    states = GRUScan.apply(inputs, W_x, b, W_hzr, W_hh.t().contiguous(), state[0].t().contiguous())
-    return states.transpose(1, 2), (states[-1].t(),)
+    W_zr, b_zr = _joined([W_xz, W_xr], [W_hz, W_hr], [b_z, b_r])
+    W_h = torch.cat([W_xh, W_hh])
+    states = GRUScan.apply(inputs, W_zr, b_zr, W_h, b_h, *state, torch.is_grad_enabled())
+    return states, (states[-1],)
 
 
 def lstm(inputs, state, params):
     """`rnn_models.lstm_steps`: inputs (T, B, D), state (H, C), params in threes for i f o c -> states, (H, C)."""
     W_xi, W_hi, b_i, W_xf, W_hf, b_f, W_xo, W_ho, b_o, W_xc, W_hc, b_c = params
-    W_x, b, W_h = _rows(W_xo, W_xi, W_xf, 2 * W_xc), _rows(b_o, b_i, b_f, 2 * b_c), _rows(W_ho, W_hi, W_hf, 2 * W_hc)
-    states, C = LSTMScan.apply(inputs, W_x, b, W_h, *(part.t().contiguous() for part in state))
-    return states.transpose(1, 2), (states[-1].t(), C.t())
+    W, b = _joined([W_xo, W_xi, W_xf, 2 * W_xc], [W_ho, W_hi, W_hf, 2 * W_hc], [b_o, b_i, b_f, 2 * b_c])
+    states, C = LSTMScan.apply(inputs, W, b, *state, torch.is_grad_enabled())
+    return states, (states[-1], C)
 
 
 class Graphed:

@@ -177,9 +177,7 @@ def hidden_states(cell, inputs, state, params, lengths=None, steps=FAST):
     forward, backward = state
     H, forward = steps["lstm"](inputs, forward, params[:12])
     H_b, backward = steps["lstm"](reverse(inputs, lengths), backward, params[12:24])
-    # Joined where a step's memory is (h, B): the fast states are views of that, and are copied only once.
-    both = torch.cat([H.transpose(1, 2), reverse(H_b, lengths).transpose(1, 2)], dim=1)
-    return both.transpose(1, 2), (forward, backward)
+    return torch.cat([H, reverse(H_b, lengths)], dim=2), (forward, backward)
 
 
 def reverse(sequences, lengths=None):
@@ -198,8 +196,8 @@ def _outputs(cell, inputs, state, params, lengths=None, steps=FAST):
 
 
 def _output(states, W_hq, b_q):
-    """Y = H W_hq + b_q for states (T, B, h), taken as W_hq^T H^T because their memory is (T, h, B)."""
-    return (W_hq.t() @ states.transpose(1, 2)).transpose(1, 2) + b_q
+    """Y = H W_hq + b_q for states (T, B, h), as one product over all steps: (T, B, Q)."""
+    return nn.functional.linear(states, W_hq.t().contiguous(), b_q)
 
 
 def rnn(inputs, state, params):
