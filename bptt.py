@@ -50,19 +50,19 @@ def _buffer(like, *shape):
     return torch.from_numpy(used).view(like.dtype).view(shape)
 
 
+def _for_onednn(W):
+    return _onednn and W.device.type == "cpu" and W.dtype == torch.float32
+
+
 def _packed(W):
     """W for many products X W: in the order of memory in which oneDNN reads it fastest, where oneDNN is used."""
-    if _onednn and W.device.type == "cpu" and W.dtype == torch.float32:
-        return _onednn._reorder_linear_weight(W.t().contiguous())
-    return W
+    return _onednn._reorder_linear_weight(W.t().contiguous()) if _for_onednn(W) else W
 
 
 def _product(X, W, b=None, squash="none"):
-    """squash(X W + b) for matrices; squash: "none" or "tanh"."""
-    if W.is_mkldnn:
-        return _onednn._linear_pointwise(X, W, b, squash, [], "")
-    if _onednn and W.device.type == "cpu" and W.dtype == torch.float32:
-        return _onednn._linear_pointwise(X, W.t(), b, squash, [], "")
+    """squash(X W + b) for matrices; W may come from `_packed`; squash: "none" or "tanh"."""
+    if _for_onednn(W):
+        return _onednn._linear_pointwise(X, W if W.is_mkldnn else W.t(), b, squash, [], "")
     Y = X @ W if b is None else torch.addmm(b, X, W)
     return Y.tanh_() if squash == "tanh" else Y
 
@@ -111,11 +111,11 @@ class RNNScan(Function):
     """
 
     @staticmethod
-    def forward(ctx, inputs, W, b, H_0, keep):
+    def forward(ctx, inputs, W, b, H_0):
         XH, H = _beside(inputs, H_0)
-        W_ = _packed(W)
-        for XH_t, H_t in _steps(XH[:-1], H[1:]):
-            H_t.copy_(_product(XH_t, W_, b, "tanh"))
+        W_packed = _packed(W)
+        for XH_t, H_new in _steps(XH[:-1], H[1:]):
+            H_new.copy_(_product(XH_t, W_packed, b, "tanh"))
         ctx.save_for_backward(XH, W)
         return H[1:]
 
@@ -131,7 +131,7 @@ class RNNScan(Function):
             tanh_backward(dH_next.add_(dY), H_t, grad_input=dA)
             dH_next = _product(dA, W_hT)
         d_inputs = _input_gradient(dA_all, W_x) if ctx.needs_input_grad[0] else None
-        return d_inputs, *_gradients(XH[:-1], dA_all), dH_next, None
+        return d_inputs, *_gradients(XH[:-1], dA_all), dH_next
 
 
 class GRUScan(Function):
@@ -147,12 +147,12 @@ class GRUScan(Function):
         (T, B, _), h = inputs.shape, H_0.shape[1]
         (XH, H), (XM, M) = _beside(inputs, H_0), _beside(inputs, H_0)
         gates, candidates = _kept(inputs, keep, T, B, 2 * h), _kept(inputs, keep, T, B, h)  # z r; H~
-        W_zr_, W_h_ = _packed(W_zr), _packed(W_h)
+        W_zr_packed, W_h_packed = _packed(W_zr), _packed(W_h)
         parts = _steps(XH[:-1], XM[:-1], M[:-1], gates, *gates.chunk(2, dim=2), candidates, H[:-1], H[1:])
         for XH_t, XM_t, M_t, ZR, Z, R, H_tilde, H_t, H_new in parts:
-            torch.sigmoid(_product(XH_t, W_zr_, b_zr), out=ZR)
+            torch.sigmoid(_product(XH_t, W_zr_packed, b_zr), out=ZR)
             torch.mul(R, H_t, out=M_t)
-            H_tilde.copy_(_product(XM_t, W_h_, b_h, "tanh"))
+            H_tilde.copy_(_product(XM_t, W_h_packed, b_h, "tanh"))
             torch.lerp(H_tilde, H_t, Z, out=H_new)  # H~ + Z * (H - H~)
         if keep:
             ctx.save_for_backward(XH, XM, gates, candidates, W_zr, W_h)
@@ -202,11 +202,11 @@ class LSTMScan(Function):
         XH, H = _beside(inputs, H_0)
         gates = _kept(inputs, keep, T, B, 4 * h)  # o i f s
         memories, squashed = _kept(inputs, keep, T, B, h), _kept(inputs, keep, T, B, h)  # C; tanh(C)
-        W_, C, C_tilde = _packed(W), C_0, torch.empty_like(C_0)
+        W_packed, C, C_tilde = _packed(W), C_0, torch.empty_like(C_0)
         for XH_t, OIFS, O, I, F_, S, C_new, tanh_C, H_new in _steps(
             XH[:-1], gates, *gates.chunk(4, dim=2), memories, squashed, H[1:]
         ):
-            torch.sigmoid(_product(XH_t, W_, b), out=OIFS)
+            torch.sigmoid(_product(XH_t, W_packed, b), out=OIFS)
             _tanh_of(S, out=C_tilde)
             C = torch.mul(F_, C, out=C_new).addcmul_(I, C_tilde)
             _tanh_of(torch.add(C, C, out=tanh_C).sigmoid_(), out=tanh_C)
@@ -251,7 +251,7 @@ def _joined(W_xs, W_hs, bs):
 def rnn(inputs, state, params):
     """`rnn_models.rnn_steps`: inputs (T, B, D), state (H,), params W_xh W_hh b_h -> states (T, B, h), (H,)."""
     W_xh, W_hh, b_h = params
-    states = RNNScan.apply(inputs, torch.cat([W_xh, W_hh]), b_h, *state, torch.is_grad_enabled())
+    states = RNNScan.apply(inputs, torch.cat([W_xh, W_hh]), b_h, *state)
     return states, (states[-1],)
 
 

@@ -66,6 +66,18 @@ def test_memory_that_is_used_again_is_never_still_in_use(cell):
             assert torch.allclose(found, expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("cell", FAST)
+def test_without_gradients_less_is_kept_and_the_states_are_the_same(cell):
+    torch.manual_seed(3)
+    params = init_params(cell, 3, 4, 1)[:-2]
+    inputs, state = torch.randn(7, 2, 3), init_state(cell, 2, 4)
+    states, last = FAST[cell](inputs, state, params)
+    with torch.no_grad():
+        again, last_again = FAST[cell](inputs, state, params)
+    for found, expected in zip((again, *last_again), (states, *last), strict=True):
+        assert torch.equal(found, expected) and not found.requires_grad
+
+
 def test_a_second_derivative_is_refused():
     params = init_params("rnn", 2, 3, 1)[:-2]
     states, _ = FAST["rnn"](torch.randn(4, 2, 2), init_state("rnn", 2, 3), params)
