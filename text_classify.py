@@ -56,7 +56,7 @@ def parse_args(arguments=None):
         "--tokens",
         choices=["word", "char", "both"],
         default="both",
-        help="jieba's words; characters; or characters that know their word and place in it (default: %(default)s)",
+        help="jieba's words; characters; or characters with word, place in it, next one (default: %(default)s)",
     )
     add("--embedding", type=number(int, 1), default=128, help="size of a token's embedding (default: %(default)s)")
     add("--pool", choices=POOLS, default="max", help="how a text's states become one (default: %(default)s)")

@@ -5,12 +5,15 @@ import logging
 import zipfile
 from collections import Counter
 from itertools import chain, repeat
+from operator import add
 
 import jieba
 import numpy as np
 import torch
 
 import datasets
+
+PAIR_MIN_FREQ = 20  # of pairs of characters, which are many
 
 
 def cut_words(texts):
@@ -50,11 +53,21 @@ def build_vocabulary(tokens, min_freq):
     return ["<pad>", "<unk>", *(token for token, count in Counter(tokens).most_common() if count >= min_freq)]
 
 
+def pairs(cut):
+    """Each character of a text cut into words with the one behind it; the last one with a line feed."""
+    text = "".join(cut)
+    return map(add, text, text[1:] + "\n")
+
+
 def build_vocabularies(cuts, kind, min_freq):
-    """The vocabularies {"word": [...], "char": [...]} that tokens of this kind need, from the training texts' words."""
-    makers = {"word": lambda: chain.from_iterable(cuts), "char": lambda: chain.from_iterable(chain.from_iterable(cuts))}
-    wanted = ["char", "word"] if kind == "both" else [kind]
-    return {name: build_vocabulary(makers[name](), min_freq) for name in wanted}
+    """The vocabularies {"char": [...], "word": [...], "pair": [...]} that tokens of this kind need ("both": all three,
+    otherwise one), from the training texts' words."""
+    makers = {
+        "char": lambda: build_vocabulary(chain.from_iterable(chain.from_iterable(cuts)), min_freq),
+        "word": lambda: build_vocabulary(chain.from_iterable(cuts), min_freq),
+        "pair": lambda: build_vocabulary(chain.from_iterable(map(pairs, cuts)), max(min_freq, PAIR_MIN_FREQ)),
+    }
+    return {name: make() for name, make in makers.items() if kind in (name, "both")}
 
 
 def vocab_sizes(vocabularies, kind):
@@ -66,9 +79,10 @@ def encode(cuts, kind, vocabularies):
     """Texts cut into words as numbers: ids (all tokens, aspects) int32, one text behind the other, and counts (texts,).
 
     The aspects of a token: "word" its word; "char" its character; "both" its character, the word that the character
-    belongs to, and its place there (1 alone, 2 first, 3 within, 4 last). A text without tokens becomes one <unk>.
+    belongs to, the pair that it makes with the next character, and its place in the word (1 alone, 2 first, 3 within,
+    4 last). A text without tokens becomes one <unk>.
     """
-    cuts = [cut or [""] for cut in cuts]
+    cuts = [cut or ["\0"] for cut in cuts]
     words = list(chain.from_iterable(cuts))
     lookup = {name: {token: i for i, token in enumerate(tokens)} for name, tokens in vocabularies.items()}
 
@@ -78,7 +92,6 @@ def encode(cuts, kind, vocabularies):
     words_in_text = np.fromiter(map(len, cuts), np.int64)
     if kind == "word":
         return numbers(words, "word")[:, None], words_in_text
-    words = [word or "\0" for word in words]
     lengths = np.fromiter(map(len, words), np.int64)
     ends = np.cumsum(words_in_text)
     characters_before = np.concatenate([[0], np.cumsum(lengths)])
@@ -86,12 +99,14 @@ def encode(cuts, kind, vocabularies):
     characters = numbers(chain.from_iterable(words), "char")
     if kind == "char":
         return characters[:, None], counts
+    words_of_characters = np.repeat(numbers(words, "word"), lengths)
     places = np.full(len(characters), 3, np.int32)
     firsts = characters_before[:-1]
     places[firsts + lengths - 1] = 4
     places[firsts] = 2
     places[firsts[lengths == 1]] = 1
-    return np.stack([characters, np.repeat(numbers(words, "word"), lengths), places], axis=1), counts
+    following = numbers(chain.from_iterable(map(pairs, cuts)), "pair")
+    return np.stack([characters, words_of_characters, following, places], axis=1), counts
 
 
 class Corpus:

@@ -37,18 +37,27 @@ def test_the_split_follows_the_rows_of_the_file(tmp_path, monkeypatch):
 def test_the_vocabulary_by_hand():
     assert build_vocabulary(["b", "a", "b", "c", "a", "b"], 2) == ["<pad>", "<unk>", "b", "a"]
     assert build_vocabularies(CUTS, "word", 1) == {"word": ["<pad>", "<unk>", "很", "屏幕", "清晰", "好"]}
-    assert build_vocabularies(CUTS, "both", 2) == {"char": ["<pad>", "<unk>", "很"], "word": ["<pad>", "<unk>", "很"]}
+    known = ["<pad>", "<unk>"]
+    assert build_vocabularies(CUTS, "both", 2) == {"char": [*known, "很"], "word": [*known, "很"], "pair": known}
+
+
+def test_a_pair_of_characters_is_known_from_its_twentieth_time_on():
+    assert build_vocabularies([["很", "好"]] * 19, "both", 2)["pair"] == ["<pad>", "<unk>"]
+    assert build_vocabularies([["很", "好"]] * 20, "both", 2)["pair"] == ["<pad>", "<unk>", "很好", "好\n"]
+    assert build_vocabularies([["很", "好"]] * 20, "both", 21)["pair"] == ["<pad>", "<unk>"]
 
 
 def test_the_numbers_of_the_tokens_by_hand():
     vocabularies = {"char": ["<pad>", "<unk>", "屏", "很", "晰"], "word": ["<pad>", "<unk>", "很", "清晰"]}
+    vocabularies["pair"] = ["<pad>", "<unk>", "好\n", "清晰", "幕很"]
     ids, counts = encode(CUTS, "both", vocabularies)
     # 屏 幕 | 很 | 清 晰 ; 很 | 好 ; the empty text is one unknown token
     assert counts.tolist() == [5, 2, 1]
     assert ids[:, 0].tolist() == [2, 1, 3, 1, 4, 3, 1, 1]
     assert ids[:, 1].tolist() == [1, 1, 2, 3, 3, 2, 1, 1]
-    assert ids[:, 2].tolist() == [2, 4, 1, 2, 4, 1, 1, 1]
-    assert encode([["电视机"]], "both", vocabularies)[0][:, 2].tolist() == [2, 3, 4]
+    assert ids[:, 2].tolist() == [1, 4, 1, 3, 1, 1, 2, 1]  # 屏幕 幕很 很清 清晰 晰; 很好 好; nothing
+    assert ids[:, 3].tolist() == [2, 4, 1, 2, 4, 1, 1, 1]
+    assert encode([["电视机"]], "both", vocabularies)[0][:, 3].tolist() == [2, 3, 4]
     ids, counts = encode(CUTS, "word", {"word": vocabularies["word"]})
     assert ids.tolist() == [[1], [2], [3], [2], [1], [1]] and counts.tolist() == [3, 2, 1]
     ids, counts = encode(CUTS, "char", {"char": vocabularies["char"]})
