@@ -11,8 +11,8 @@ equal in values, states and gradients. What makes them fast on a CPU:
 - tanh(x) = 2 s(2x) - 1: torch's sigmoid is several times faster than its tanh.
 - Products in float32 go to oneDNN, whose kernels are up to twice as fast as the BLAS behind `@`, where torch has it.
 
-Names: A is what a gate's squashing function is applied to, dX the gradient of the loss with respect to X; primes in
-the comments are derivatives, H_t the state of step t, and W^T the transpose. T steps, B sequences, D inputs, h units.
+Names: A is what a gate's squashing function is applied to, dX the gradient of the loss with respect to X, H_t the state
+of step t, W^T the transpose. T steps, B sequences, D inputs, h units.
 """
 
 import math
@@ -166,12 +166,12 @@ class GRUScan(Function):
         D = len(W_h) - h
         W_hzrT, W_hhT = _packed(W_zr[D:].t()), _packed(W_h[D:].t())
         dA_zr_all, dA_h_all = _buffer(XH, *gates.shape), _buffer(XH, *candidates.shape)
-        parts = _steps(gates, *gates.chunk(2, dim=2), candidates, XH[:-1, :, D:], d_states)
-        d_parts = _steps(dA_zr_all, *dA_zr_all.chunk(2, dim=2), dA_h_all)
+        parts = _steps(
+            *(gates, *gates.chunk(2, dim=2), candidates, XH[:-1, :, D:], d_states),
+            *(dA_zr_all, *dA_zr_all.chunk(2, dim=2), dA_h_all),
+        )
         dH = torch.zeros_like(d_states[0])
-        for (ZR, Z, R, H_tilde, H, dY), (dA_zr, dA_z, dA_r, dA_h) in zip(
-            reversed(parts), reversed(d_parts), strict=True
-        ):
+        for ZR, Z, R, H_tilde, H, dY, dA_zr, dA_z, dA_r, dA_h in reversed(parts):
             dH += dY
             torch.sub(H, H_tilde, out=dA_z).mul_(dH)
             torch.addcmul(dH, dH, Z, value=-1, out=dA_h)
@@ -201,41 +201,42 @@ class LSTMScan(Function):
         (T, B, _), h = inputs.shape, H_0.shape[1]
         XH, H = _beside(inputs, H_0)
         gates = _kept(inputs, keep, T, B, 4 * h)  # o i f s
-        memories, squashed = _kept(inputs, keep, T, B, h), _kept(inputs, keep, T, B, h)  # C; tanh(C)
-        W_packed, C, C_tilde = _packed(W), C_0, torch.empty_like(C_0)
-        for XH_t, OIFS, O, I, F_, S, C_new, tanh_C, H_new in _steps(
-            XH[:-1], gates, *gates.chunk(4, dim=2), memories, squashed, H[1:]
-        ):
+        memories, squashed = _kept(inputs, keep, T + 1, B, h), _kept(inputs, keep, T, B, h)  # C, C_0 first; tanh(C)
+        memories[0] = C_0
+        W_packed, C_tilde = _packed(W), torch.empty_like(C_0)
+        parts = _steps(XH[:-1], gates, *gates.chunk(4, dim=2), memories[:-1], memories[1:], squashed, H[1:])
+        for XH_t, OIFS, O, I, F_, S, C, C_new, tanh_C, H_new in parts:
             torch.sigmoid(_product(XH_t, W_packed, b), out=OIFS)
             _tanh_of(S, out=C_tilde)
-            C = torch.mul(F_, C, out=C_new).addcmul_(I, C_tilde)
-            _tanh_of(torch.add(C, C, out=tanh_C).sigmoid_(), out=tanh_C)
+            torch.mul(F_, C, out=C_new).addcmul_(I, C_tilde)
+            _tanh_of(torch.add(C_new, C_new, out=tanh_C).sigmoid_(), out=tanh_C)
             torch.mul(O, tanh_C, out=H_new)
         if keep:
-            ctx.save_for_backward(XH, gates, memories, squashed, C_0, W)
-        return H[1:], C.clone()
+            ctx.save_for_backward(XH, gates, memories, squashed, W)
+        return H[1:], memories[-1].clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_states, dC):
-        XH, gates, memories, squashed, C_0, W = ctx.saved_tensors
-        W_x, W_h = W.split([len(W) - C_0.shape[1], C_0.shape[1]])
+        XH, gates, memories, squashed, W = ctx.saved_tensors
+        h = squashed.shape[2]
+        W_x, W_h = W.split([len(W) - h, h])
         W_hT = _packed(W_h.t())
         dA_all = _buffer(XH, *gates.shape)
-        parts = _steps(gates, *gates.chunk(4, dim=2), squashed, d_states)
-        d_parts = _steps(dA_all, *dA_all.chunk(4, dim=2))
-        C_before = [C_0, *memories[:-1].unbind(0)]
-        dC, dH_next, zero = dC.clone(), torch.zeros_like(C_0), torch.zeros_like(C_0)
-        C_tilde, slope = torch.empty_like(C_0), torch.empty_like(C_0)
-        for t in reversed(range(len(parts))):
-            OIFS, O, I, F_, S, tanh_C, dY = parts[t]
-            dA, dA_o, dA_i, dA_f, dA_c = d_parts[t]
+        parts = _steps(
+            *(gates, *gates.chunk(4, dim=2), memories[:-1], squashed, d_states),
+            *(dA_all, *dA_all.chunk(4, dim=2)),
+        )
+        dC, dH_next, zero = dC.clone(), torch.zeros_like(dC), torch.zeros_like(dC)
+        C_tilde, d_tanh = torch.empty_like(zero), torch.empty_like(zero)
+        for OIFS, O, I, F_, S, C, tanh_C, dY, dA, dA_o, dA_i, dA_f, dA_c in reversed(parts):
             dH = dH_next.add_(dY)
-            torch.mul(dH, tanh_C, out=dA_o)
-            dC.addcmul_(O, torch.addcmul(dH, dA_o, tanh_C, value=-1, out=slope))  # dH * (1 - tanh(C)^2)
+            torch.mul(dH, tanh_C, out=dA_o)  # dO; likewise dI, dF and dS below, then all four by their gates' slopes
+            torch.addcmul(dH, dA_o, tanh_C, value=-1, out=d_tanh)  # dH * (1 - tanh(C)^2)
+            dC.addcmul_(O, d_tanh)
             torch.mul(dC, _tanh_of(S, out=C_tilde), out=dA_i)
-            torch.mul(dC, C_before[t], out=dA_f)
-            torch.addcmul(zero, dC, I, value=2, out=dA_c)
+            torch.mul(dC, C, out=dA_f)
+            torch.addcmul(zero, dC, I, value=2, out=dA_c)  # 2 dC * I as one operation
             sigmoid_backward(dA, OIFS, grad_input=dA)
             dH_next = _product(dA, W_hT)
             dC.mul_(F_)

@@ -23,7 +23,7 @@ try:
 except ImportError:  # Windows: two runs into one folder are not told apart there
     fcntl = None
 
-FORMAT = 1  # of the checkpoints; raise it when what they hold changes
+FORMAT = 2  # of the checkpoints; raise it when what they hold changes
 CELLS = {"rnn": "rnn", "gru": "gru", "lstm": "lstm", "bilstm": "bi_lstm"}  # --model, and its name in rnn_models
 NAMES = {"rnn": "RNN", "gru": "GRU", "lstm": "LSTM", "bilstm": "Bi-LSTM"}
 
