@@ -281,7 +281,7 @@ class Graphed:
     """
 
     def __init__(self, function):
-        """function: of tensors alone, with a tensor or a tuple of them as result."""
+        """function: of tensors alone, of which it may leave some unused, with a tensor or a tuple of them as result."""
         self.function, self.graphs, self.warned = function, {}, False
 
     def __call__(self, *tensors):
@@ -294,7 +294,7 @@ class Graphed:
     def _record(self, tensors):
         samples = tuple(tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in tensors)
         try:
-            return torch.cuda.make_graphed_callables(self.function, samples)
+            return torch.cuda.make_graphed_callables(self.function, samples, allow_unused_input=True)
         except RuntimeError as error:
             if not self.warned:
                 warnings.warn(f"no CUDA graph ({error}): the recurrence runs step by step, slower", stacklevel=4)

@@ -91,11 +91,13 @@ def test_a_second_derivative_is_refused():
 
 @pytest.mark.parametrize("cell", ["rnn", "gru", "lstm", "bi_lstm"])
 @pytest.mark.parametrize("steps", [1, 16, 21])
-def test_the_replayed_states_are_the_states(cell, steps, monkeypatch):
+def test_the_replayed_states_are_the_states(cell, steps, monkeypatch, recwarn):
     recorded = []
 
-    def record(function, samples):
+    def record(function, samples, allow_unused_input=False):
         recorded.append([sample.shape for sample in samples])
+        wanted = [sample for sample in samples if sample.requires_grad]  # recorded backwards too, as torch.cuda does
+        torch.autograd.grad(function(*samples).sum(), wanted, allow_unused=allow_unused_input)
         return function
 
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
@@ -110,11 +112,12 @@ def test_the_replayed_states_are_the_states(cell, steps, monkeypatch):
         (states * there).square().sum().backward()
         results.append([states * there, *(getattr(recurrence, name).grad for name in param_names(cell)[:-2])])
     assert all(torch.allclose(a, b, atol=1e-12) for pair in results[:2] for a, b in zip(pair, results[2], strict=True))
+    assert not recwarn.list, "the recording failed"
     assert len(recorded) == 1 and recorded[0][0] == ((steps + 15) // 16 * 16, 3, 3)
 
 
 def test_a_recording_that_fails_is_warned_of_once(monkeypatch, recwarn):
-    def fail(function, samples):
+    def fail(function, samples, allow_unused_input):
         raise RuntimeError("capture is not possible")
 
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", fail)
