@@ -223,23 +223,22 @@ class LSTMScan(Function):
         W_x, W_h = W.split([len(W) - h, h])
         W_hT = _packed(W_h.t())
         dA_all = _buffer(XH, *gates.shape)
-        parts = _steps(
-            *(gates, *gates.chunk(4, dim=2), memories[:-1], squashed, d_states),
-            *(dA_all, *dA_all.chunk(4, dim=2)),
-        )
+        parts = _steps(gates, *gates.chunk(4, dim=2), memories[:-1], squashed, d_states, dA_all)
+        d_gates = torch.empty_like(gates[0])  # one step's, in the cache; dA_all is written once
+        dO, dI, dF, dS = d_gates.chunk(4, dim=1)
         dC, dH_next, zero = dC.clone(), torch.zeros_like(dC), torch.zeros_like(dC)
         C_tilde, d_tanh = torch.empty_like(zero), torch.empty_like(zero)
-        for OIFS, O, I, F_, S, C, tanh_C, dY, dA, dA_o, dA_i, dA_f, dA_c in reversed(parts):
+        for OIFS, O, I, F_, S, C, tanh_C, dY, dA in reversed(parts):
             dH = dH_next.add_(dY)
-            torch.mul(dH, tanh_C, out=dA_o)  # dO; likewise dI, dF and dS below, then all four by their gates' slopes
-            torch.addcmul(dH, dA_o, tanh_C, value=-1, out=d_tanh)  # dH * (1 - tanh(C)^2)
+            torch.mul(dH, tanh_C, out=dO)
+            torch.addcmul(dH, dO, tanh_C, value=-1, out=d_tanh)  # dH * (1 - tanh(C)^2)
             dC.addcmul_(O, d_tanh)
-            torch.mul(dC, _tanh_of(S, out=C_tilde), out=dA_i)
-            torch.mul(dC, C, out=dA_f)
-            torch.addcmul(zero, dC, I, value=2, out=dA_c)  # 2 dC * I as one operation
-            sigmoid_backward(dA, OIFS, grad_input=dA)
-            dH_next = _product(dA, W_hT)
+            torch.mul(dC, _tanh_of(S, out=C_tilde), out=dI)
+            torch.mul(dC, C, out=dF)
+            torch.addcmul(zero, dC, I, value=2, out=dS)  # 2 dC * I as one operation
             dC.mul_(F_)
+            sigmoid_backward(d_gates, OIFS, grad_input=dA)
+            dH_next = _product(dA, W_hT)
         d_inputs = _input_gradient(dA_all, W_x) if ctx.needs_input_grad[0] else None
         return d_inputs, *_gradients(XH[:-1], dA_all), dH_next, dC, None
 
