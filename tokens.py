@@ -61,13 +61,13 @@ def pairs(cut):
 
 def build_vocabularies(cuts, kind, min_freq):
     """The vocabularies {"char": [...], "word": [...], "pair": [...]} that tokens of this kind need ("both": all three,
-    otherwise one), from the training texts' words."""
-    makers = {
-        "char": lambda: build_vocabulary(chain.from_iterable(chain.from_iterable(cuts)), min_freq),
-        "word": lambda: build_vocabulary(chain.from_iterable(cuts), min_freq),
-        "pair": lambda: build_vocabulary(chain.from_iterable(map(pairs, cuts)), max(min_freq, PAIR_MIN_FREQ)),
+    otherwise one), from the training texts' words. A pair must occur PAIR_MIN_FREQ times."""
+    sources = {
+        "char": (chain.from_iterable(chain.from_iterable(cuts)), min_freq),
+        "word": (chain.from_iterable(cuts), min_freq),
+        "pair": (chain.from_iterable(map(pairs, cuts)), max(min_freq, PAIR_MIN_FREQ)),
     }
-    return {name: make() for name, make in makers.items() if kind in (name, "both")}
+    return {name: build_vocabulary(*source) for name, source in sources.items() if kind in (name, "both")}
 
 
 def vocab_sizes(vocabularies, kind):

@@ -67,7 +67,7 @@ def test_memory_that_is_used_again_is_never_still_in_use(cell):
 
 
 @pytest.mark.parametrize("cell", FAST)
-def test_without_gradients_less_is_kept_and_the_states_are_the_same(cell):
+def test_without_gradients_the_states_are_the_same(cell):
     torch.manual_seed(3)
     params = init_params(cell, 3, 4, 1)[:-2]
     inputs, state = torch.randn(7, 2, 3), init_state(cell, 2, 4)
