@@ -1,23 +1,19 @@
-"""Back-propagation through time by hand: the recurrences of `rnn_models` again, with derived gradients, and fast.
+"""Back-propagation through time by hand: RNN, GRU and LSTM with derived gradients.
 
-`rnn`, `gru` and `lstm` here take and return what `rnn_steps`, `gru_steps` and `lstm_steps` do, and a test proves them
-equal in values, states and gradients. What makes them fast on a CPU:
+`rnn`, `gru` and `lstm` compute what the loops of `rnn_models` compute, but autograd sees one node.
+`forward` runs the recurrence; `backward` goes through the steps from the last to the first (Werbos
+1990, "Backpropagation through time: what it does and how to do it"), in the form of NX-AI/flashrnn's
+vanilla backward: one product with W_x for all inputs before the loop, one product a weight after it.
 
-- The pass back through time is derived by hand, so autograd records one node instead of a dozen for every step.
-- Input and state lie side by side in one buffer, XH = [X H]: a step has one product, XH W + b with W_x above W_h (the
-  GRU two), into which each new state is written where the next step reads it. Backwards, a step has one product with
-  W_h^T (the GRU two); the gradients of inputs and weights are one large product each after the loop.
-- Few operations a step, each on a whole gate or on all gates at once, in memory from a pool (`_buffer`).
-- tanh(x) = 2 s(2x) - 1: torch's sigmoid is several times faster than its tanh.
-- Products in float32 go to oneDNN, whose kernels are up to twice as fast as the BLAS behind `@`, where torch has it.
-
-Names: A is what a gate's squashing function is applied to, dX the gradient of the loss with respect to X, H_t the state
-of step t, W^T the transpose. T steps, B sequences, D inputs, h units.
+T steps, B sequences, D inputs, h units. X is a step's input, H its state, H_prev the state before.
+dV is the gradient of the loss with respect to V, dY the part of dH that comes from above, A the sum
+inside a gate, s the logistic sigmoid, * the elementwise product, W^T the transpose.
+Through a gate: S = s(A) gives dA = dS * S * (1 - S), and S = tanh(A) gives dA = dS * (1 - S^2).
+After the loop, for all cells: dX = dA W_x^T, and summed over the steps dW_x = X^T dA, db = dA.
+The right-hand dH and dC of a backward formula come from the step after; both start at zero.
 """
 
-import math
-import warnings
-import weakref
+import ctypes
 
 import torch
 from torch.autograd import Function
@@ -25,277 +21,206 @@ from torch.autograd.function import once_differentiable
 
 sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input  # (dS, S) -> dS * S * (1 - S)
 tanh_backward = torch.ops.aten.tanh_backward.grad_input  # (dS, S) -> dS * (1 - S^2)
-# torch's own compiler calls these operators; the pinned version of torch has them wherever it has oneDNN.
-_onednn = torch.ops.mkldnn if hasattr(torch.ops.mkldnn, "_linear_pointwise") else None
-MINUS_ONE = torch.tensor(-1.0)  # as a tensor it costs half of what Python's number costs
-_free = []  # memory that no tensor uses any more
+onednn_product = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # private: may be missing
 
 
-def _buffer(like, *shape):
-    """An uninitialised tensor of the kind of `like`, in memory that is used again when the tensor is gone.
+def tune_allocator():
+    """Let glibc reuse freed memory, not return it and clear new pages; for the start of a program."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return  # not glibc: Windows, macOS, musl
+    mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: tensors up to 32 MiB come from the heap
+    mallopt(-1, 2**30)  # M_TRIM_THRESHOLD: keep up to 1 GiB of freed heap
 
-    A large tensor's memory goes back to the operating system with it, and each page of the next one's is cleared and
-    mapped anew: on a CPU that takes longer than what the loop does with it. CUDA's allocator reuses memory by itself.
+
+def _fast_cpu(X):
+    return X.device.type == "cpu" and X.dtype == torch.float32 and not torch.compiler.is_compiling()
+
+
+def _product(X, W, b=None):
+    """X W + b for X (..., n), W (n, m), b (m,).
+
+    GAIN
     """
-    if like.device.type != "cpu":
-        return like.new_empty(shape)
-    size = math.prod(shape) * like.element_size()
-    fitting = [i for i, block in enumerate(_free) if len(block) >= size]
-    if fitting:
-        block = _free.pop(min(fitting, key=lambda i: len(_free[i])))
-    else:
-        block = torch.empty(size, dtype=torch.uint8).numpy()
-    used = block[:size]  # the tensor keeps this view alive, and nothing else does
-    weakref.finalize(used, _free.append, block).atexit = False
-    return torch.from_numpy(used).view(like.dtype).view(shape)
+    if onednn_product and _fast_cpu(X) and X.numel():
+        return onednn_product(X, W.t(), b, "none", [], "")
+    return X @ W if b is None else X @ W + b
 
 
-def _for_onednn(W):
-    return _onednn and W.device.type == "cpu" and W.dtype == torch.float32
+def _tanh(X, out):
+    """tanh(X), on the CPU as 2 s(2X) - 1: GAIN2."""
+    return torch.sigmoid(X + X, out=out).mul_(2).sub_(1) if _fast_cpu(X) else torch.tanh(X, out=out)
 
 
-def _packed(W):
-    """W for many products X W: in the order of memory in which oneDNN reads it fastest, where oneDNN is used."""
-    return _onednn._reorder_linear_weight(W.t().contiguous()) if _for_onednn(W) else W
+def _before(H_0, states):
+    """The state before each step, from H_0 (B, h) and the states after each step (T, B, h)."""
+    return torch.cat([H_0[None], states[:-1]])  # (T, B, h)
 
 
-def _product(X, W, b=None, squash="none"):
-    """squash(X W + b) for matrices; W may come from `_packed`; squash: "none" or "tanh"."""
-    if _for_onednn(W):
-        return _onednn._linear_pointwise(X, W if W.is_mkldnn else W.t(), b, squash, [], "")
-    Y = X @ W if b is None else torch.addmm(b, X, W)
-    return Y.tanh_() if squash == "tanh" else Y
+def _summed(X, dA):
+    """X^T dA summed over the steps, X (T, B, n) and dA (T, B, m): the gradient of W in A = X W."""
+    return X.flatten(0, 1).t() @ dA.flatten(0, 1)  # (n, m)
 
 
-def _beside(inputs, H_0):
-    """The buffer XH (T + 1, B, D + h) with the inputs (T, B, D) and the first state (B, h) in place; and its part H."""
-    T, B, D = inputs.shape
-    XH = _buffer(inputs, T + 1, B, D + H_0.shape[1])
-    XH[:-1, :, :D] = inputs
-    H = XH[:, :, D:]
-    H[0] = H_0
-    return XH, H
+def _input_gradients(ctx, inputs, W_x, dA):
+    """dX, dW_x and db from all steps' dA (T, B, gates * h)."""
+    dX = _product(dA, W_x.t()) if ctx.needs_input_grad[0] else None  # (T, B, D)
+    return dX, _summed(inputs, dA), dA.sum(dim=(0, 1))
 
 
-def _kept(like, keep, T, *shape):
-    """A buffer (T, *shape) for what the pass back needs; where there will be none, the same memory for all T steps."""
-    return _buffer(like, T if keep else 1, *shape).expand(T, *shape)
+class RNN(Function):
+    """Forward: H = tanh(X W_x + H_prev W_h + b)
 
-
-def _steps(*tensors):
-    """The steps (first dimension) of several tensors, side by side: views, made once before a loop."""
-    return list(zip(*(tensor.unbind(0) for tensor in tensors), strict=True))
-
-
-def _tanh_of(S, out):
-    """tanh(x) from S = s(2x), written to `out`."""
-    return torch.add(MINUS_ONE, S, alpha=2, out=out)
-
-
-def _gradients(XH, dA):
-    """The gradients of W and b in A = XH W + b, from all steps' XH (T, B, K) and dA (T, B, G): sums over T and B."""
-    XH, dA = XH.flatten(0, 1), dA.flatten(0, 1)
-    return _product(_buffer(XH, *XH.t().shape).copy_(XH.t()), dA), dA.sum(dim=0)
-
-
-def _input_gradient(dA, W_x):
-    """dX = dA W_x^T for all steps' dA (T, B, G): (T, B, D)."""
-    return _product(dA.flatten(0, 1), W_x.t()).view(*dA.shape[:2], -1)
-
-
-class RNNScan(Function):
-    """H_t = tanh(A_t),  A_t = X_t W_x + H_{t-1} W_h + b.
-
-    Backwards, with dH_t the sum of what comes from above and from step t + 1:
-    dA_t = dH_t * (1 - H_t^2);  dH_{t-1} += dA_t W_h^T;  dW = sum_t XH_t^T dA_t.
+    Backward: dH = dY + dH;  dA = dH * (1 - H^2);  dH_prev = dA W_h^T.  dW_h = sum of H_prev^T dA.
     """
 
     @staticmethod
-    def forward(ctx, inputs, W, b, H_0):
-        XH, H = _beside(inputs, H_0)
-        W_packed = _packed(W)
-        for XH_t, H_new in _steps(XH[:-1], H[1:]):
-            H_new.copy_(_product(XH_t, W_packed, b, "tanh"))
-        ctx.save_for_backward(XH, W)
-        return H[1:]
+    def forward(ctx, inputs, W_x, b, W_h, H_0):
+        states = _product(inputs, W_x, b)  # (T, B, h): X W_x + b, which the loop turns into H
+        H = H_0  # (B, h)
+        for A in states:
+            A += _product(H, W_h)
+            H = _tanh(A, out=A)
+        ctx.save_for_backward(inputs, W_x, W_h, H_0, states)
+        return states
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_states):
-        XH, W = ctx.saved_tensors
-        W_x, W_h = W.split([len(W) - W.shape[1], W.shape[1]])
-        W_hT, H = _packed(W_h.t()), XH[1:, :, len(W_x) :]
-        dA_all = _buffer(XH, *H.shape)
-        dH_next = torch.zeros_like(d_states[0])  # dA_{t+1} W_h^T
-        for H_t, dY, dA in reversed(_steps(H, d_states, dA_all)):
-            tanh_backward(dH_next.add_(dY), H_t, grad_input=dA)
-            dH_next = _product(dA, W_hT)
-        d_inputs = _input_gradient(dA_all, W_x) if ctx.needs_input_grad[0] else None
-        return d_inputs, *_gradients(XH[:-1], dA_all), dH_next
+    def backward(ctx, dY_all):
+        inputs, W_x, W_h, H_0, states = ctx.saved_tensors
+        dA_all = torch.empty_like(states)
+        dH = torch.zeros_like(H_0)
+        for H, dY, dA in reversed(list(zip(states, dY_all, dA_all, strict=True))):
+            dH = dY + dH
+            tanh_backward(dH, H, grad_input=dA)
+            dH = _product(dA, W_h.t())
+        dW_h = _summed(_before(H_0, states), dA_all)
+        return *_input_gradients(ctx, inputs, W_x, dA_all), dW_h, dH
 
 
-class GRUScan(Function):
-    """Z, R = s(A_z), s(A_r);  H~ = tanh(A_h),  A_h = ... + (R * H_{t-1}) W_hh;  H_t = Z * H_{t-1} + (1 - Z) * H~.
+class GRU(Function):
+    """Forward: Z = s(X W_xz + H_prev W_hz + b_z), R likewise;  H~ = tanh(X W_xh + M W_hh + b_h)
+    with M = R * H_prev;  H = Z * H_prev + (1 - Z) * H~
 
-    Backwards: dZ = dH_t * (H_{t-1} - H~);  dA_h = dH_t * (1 - Z) * (1 - H~^2);
-    with M = R * H_{t-1}: dM = dA_h W_hh^T;  dR = dM * H_{t-1};  dA_z, dA_r = dZ * Z * (1 - Z), dR * R * (1 - R);
-    dH_{t-1} += dH_t * Z + dM * R + dA_z W_hz^T + dA_r W_hr^T.
+    Backward: dH = dY + dH;  dZ = dH * (H_prev - H~);  dH~ = dH * (1 - Z);
+    dM = dA_h W_hh^T;  dR = dM * H_prev;  dH_prev = dH * Z + dM * R + dA_zr W_hzr^T.
+    dW_hzr = sum of H_prev^T dA_zr;  dW_hh = sum of M^T dA_h.  W_hzr = [W_hz W_hr], dA_zr likewise.
     """
 
     @staticmethod
-    def forward(ctx, inputs, W_zr, b_zr, W_h, b_h, H_0, keep):
-        (T, B, _), h = inputs.shape, H_0.shape[1]
-        (XH, H), (XM, M) = _beside(inputs, H_0), _beside(inputs, H_0)
-        gates, candidates = _kept(inputs, keep, T, B, 2 * h), _kept(inputs, keep, T, B, h)  # z r; H~
-        W_zr_packed, W_h_packed = _packed(W_zr), _packed(W_h)
-        parts = _steps(XH[:-1], XM[:-1], M[:-1], gates, *gates.chunk(2, dim=2), candidates, H[:-1], H[1:])
-        for XH_t, XM_t, M_t, ZR, Z, R, H_tilde, H_t, H_new in parts:
-            torch.sigmoid(_product(XH_t, W_zr_packed, b_zr), out=ZR)
-            torch.mul(R, H_t, out=M_t)
-            H_tilde.copy_(_product(XM_t, W_h_packed, b_h, "tanh"))
-            torch.lerp(H_tilde, H_t, Z, out=H_new)  # H~ + Z * (H - H~)
-        if keep:
-            ctx.save_for_backward(XH, XM, gates, candidates, W_zr, W_h)
-        return H[1:]
+    def forward(ctx, inputs, W_x, b, W_hzr, W_hh, H_0):
+        h = len(W_hh)
+        gates = _product(inputs, W_x, b)  # (T, B, 3h): X W_x + b, which the loop turns into Z R H~
+        states = torch.empty_like(gates[:, :, :h])
+        H = H_0  # (B, h)
+        views = gates[:, :, : 2 * h], *gates.chunk(3, dim=2), states
+        for ZR, Z, R, H_tilde, H_new in zip(*views, strict=True):
+            ZR.add_(_product(H, W_hzr)).sigmoid_()  # (B, 2h)
+            _tanh(H_tilde.add_(_product(R * H, W_hh)), out=H_tilde)  # (B, h)
+            H = torch.lerp(H_tilde, H, Z, out=H_new)  # Z * H + (1 - Z) * H~
+        ctx.save_for_backward(inputs, W_x, W_hzr, W_hh, H_0, gates, states)
+        return states
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_states):
-        XH, XM, gates, candidates, W_zr, W_h = ctx.saved_tensors
-        h = W_h.shape[1]
-        D = len(W_h) - h
-        W_hzrT, W_hhT = _packed(W_zr[D:].t()), _packed(W_h[D:].t())
-        dA_zr_all, dA_h_all = _buffer(XH, *gates.shape), _buffer(XH, *candidates.shape)
-        parts = _steps(
-            *(gates, *gates.chunk(2, dim=2), candidates, XH[:-1, :, D:], d_states),
-            *(dA_zr_all, *dA_zr_all.chunk(2, dim=2), dA_h_all),
-        )
-        dH = torch.zeros_like(d_states[0])
-        for ZR, Z, R, H_tilde, H, dY, dA_zr, dA_z, dA_r, dA_h in reversed(parts):
-            dH += dY
-            torch.sub(H, H_tilde, out=dA_z).mul_(dH)
-            torch.addcmul(dH, dH, Z, value=-1, out=dA_h)
-            tanh_backward(dA_h, H_tilde, grad_input=dA_h)
-            dM = _product(dA_h, W_hhT)
-            torch.mul(dM, H, out=dA_r)
-            sigmoid_backward(dA_zr, ZR, grad_input=dA_zr)
-            dH.mul_(Z).addcmul_(dM, R).add_(_product(dA_zr, W_hzrT))
-        d_inputs = None
-        if ctx.needs_input_grad[0]:
-            d_inputs = _input_gradient(dA_zr_all, W_zr[:D]).add_(_input_gradient(dA_h_all, W_h[:D]))
-        return d_inputs, *_gradients(XH[:-1], dA_zr_all), *_gradients(XM[:-1], dA_h_all), dH, None
+    def backward(ctx, dY_all):
+        inputs, W_x, W_hzr, W_hh, H_0, gates, states = ctx.saved_tensors
+        h, before, dA_all = len(W_hh), _before(H_0, states), torch.empty_like(gates)
+        dA_zr_all, dA_h_all = dA_all.split([2 * h, h], dim=2)
+        dH = torch.zeros_like(H_0)
+        views = gates[:, :, : 2 * h], *gates.chunk(3, dim=2), before, dY_all, dA_zr_all, dA_h_all
+        for ZR, Z, R, H_tilde, H_prev, dY, dA_zr, dA_h in reversed(list(zip(*views, strict=True))):
+            dH = dY + dH
+            dZ = dH * (H_prev - H_tilde)
+            dH_tilde = dH * (1 - Z)
+            tanh_backward(dH_tilde, H_tilde, grad_input=dA_h)
+            dM = _product(dA_h, W_hh.t())
+            dR = dM * H_prev
+            sigmoid_backward(torch.cat([dZ, dR], dim=1), ZR, grad_input=dA_zr)
+            dH = dH * Z + dM * R + _product(dA_zr, W_hzr.t())
+        M = gates[:, :, h : 2 * h] * before
+        dW_hzr, dW_hh = _summed(before, dA_zr_all), _summed(M, dA_h_all)
+        return *_input_gradients(ctx, inputs, W_x, dA_all), dW_hzr, dW_hh, dH
 
 
-class LSTMScan(Function):
-    """O, I, F = s(A.);  C~ = tanh(A_c);  C_t = F * C_{t-1} + I * C~;  H_t = O * tanh(C_t).
+class LSTM(Function):
+    """Forward: I = s(X W_xi + H_prev W_hi + b_i), F and O likewise;
+    C~ = tanh(X W_xc + H_prev W_hc + b_c);  C = F * C_prev + I * C~;  H = O * tanh(C)
 
-    Backwards: dO = dH_t * tanh(C_t);  dC_t += dH_t * O * (1 - tanh(C_t)^2);
-    dI = dC_t * C~;  dF = dC_t * C_{t-1};  dC~ = dC_t * I;  each dA. by its gate's slope;
-    dC_{t-1} = dC_t * F;  dH_{t-1} += dA W_h^T.
-    W and b hold the gates in the order o i f c, and twice the weights of c: its S = s(2 A_c) comes with the other
-    gates' sigmoid and makes C~ = 2 S - 1, so that dS = 2 dC~.
+    Backward: dH = dY + dH;  dO = dH * tanh(C);  dC = dC + dH * O * (1 - tanh(C)^2);
+    dI = dC * C~;  dF = dC * C_prev;  dC~ = dC * I;  dC_prev = dC * F;  dH_prev = dA W_h^T.
+    dW_h = sum of H_prev^T dA.  W_x = [W_xi W_xf W_xo W_xc], W_h and dA likewise.
     """
 
     @staticmethod
-    def forward(ctx, inputs, W, b, H_0, C_0, keep):
-        (T, B, _), h = inputs.shape, H_0.shape[1]
-        XH, H = _beside(inputs, H_0)
-        gates = _kept(inputs, keep, T, B, 4 * h)  # o i f s
-        memories, squashed = _kept(inputs, keep, T + 1, B, h), _kept(inputs, keep, T, B, h)  # C, C_0 first; tanh(C)
-        memories[0] = C_0
-        W_packed, C_tilde = _packed(W), torch.empty_like(C_0)
-        parts = _steps(XH[:-1], gates, *gates.chunk(4, dim=2), memories[:-1], memories[1:], squashed, H[1:])
-        for XH_t, OIFS, O, I, F_, S, C, C_new, tanh_C, H_new in parts:
-            torch.sigmoid(_product(XH_t, W_packed, b), out=OIFS)
-            _tanh_of(S, out=C_tilde)
-            torch.mul(F_, C, out=C_new).addcmul_(I, C_tilde)
-            _tanh_of(torch.add(C_new, C_new, out=tanh_C).sigmoid_(), out=tanh_C)
-            torch.mul(O, tanh_C, out=H_new)
-        if keep:
-            ctx.save_for_backward(XH, gates, memories, squashed, W)
-        return H[1:], memories[-1].clone()
+    def forward(ctx, inputs, W_x, b, W_h, H_0, C_0):
+        h = len(W_h)
+        gates = _product(inputs, W_x, b)  # (T, B, 4h): X W_x + b, which the loop turns into I F O C~
+        states, memories, tanhs = gates.new_empty(3, *gates.shape[:2], h)  # H, C, tanh(C)
+        H, C = H_0, C_0  # (B, h)
+        views = gates, gates[:, :, : 3 * h], *gates.chunk(4, dim=2), states, memories, tanhs
+        for A, IFO, I, F, O, C_tilde, H_new, C_new, tanh_C in zip(*views, strict=True):
+            A += _product(H, W_h)  # (B, 4h)
+            IFO.sigmoid_()
+            _tanh(C_tilde, out=C_tilde)
+            C = torch.addcmul(F * C, I, C_tilde, out=C_new)  # F * C + I * C~
+            H = torch.mul(O, _tanh(C, out=tanh_C), out=H_new)
+        ctx.save_for_backward(inputs, W_x, W_h, H_0, C_0, gates, states, memories, tanhs)
+        return states, C.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_states, dC):
-        XH, gates, memories, squashed, W = ctx.saved_tensors
-        h = squashed.shape[2]
-        W_x, W_h = W.split([len(W) - h, h])
-        W_hT = _packed(W_h.t())
-        dA_all = _buffer(XH, *gates.shape)
-        parts = _steps(gates, *gates.chunk(4, dim=2), memories[:-1], squashed, d_states, dA_all)
-        d_gates = torch.empty_like(gates[0])  # one step's, in the cache; dA_all is written once
-        dO, dI, dF, dS = d_gates.chunk(4, dim=1)
-        dC, dH_next, zero = dC.clone(), torch.zeros_like(dC), torch.zeros_like(dC)
-        C_tilde, d_tanh = torch.empty_like(zero), torch.empty_like(zero)
-        for OIFS, O, I, F_, S, C, tanh_C, dY, dA in reversed(parts):
-            dH = dH_next.add_(dY)
-            torch.mul(dH, tanh_C, out=dO)
-            torch.addcmul(dH, dO, tanh_C, value=-1, out=d_tanh)  # dH * (1 - tanh(C)^2)
-            dC.addcmul_(O, d_tanh)
-            torch.mul(dC, _tanh_of(S, out=C_tilde), out=dI)
-            torch.mul(dC, C, out=dF)
-            torch.addcmul(zero, dC, I, value=2, out=dS)  # 2 dC * I as one operation
-            dC.mul_(F_)
-            sigmoid_backward(d_gates, OIFS, grad_input=dA)
-            dH_next = _product(dA, W_hT)
-        d_inputs = _input_gradient(dA_all, W_x) if ctx.needs_input_grad[0] else None
-        return d_inputs, *_gradients(XH[:-1], dA_all), dH_next, dC, None
+    def backward(ctx, dY_all, dC):
+        inputs, W_x, W_h, H_0, C_0, gates, states, memories, tanhs = ctx.saved_tensors
+        dA_all = torch.empty_like(gates)
+        IFO_all, dA_ifo_all, dA_c_all = gates[..., : -len(W_h)], *dA_all.tensor_split([-len(W_h)], 2)
+        views = *gates.chunk(4, dim=2), IFO_all, _before(C_0, memories), tanhs, dY_all
+        steps = zip(*views, dA_all, dA_ifo_all, dA_c_all, strict=True)
+        dH = torch.zeros_like(H_0)
+        for I, F, O, C_tilde, IFO, C_prev, tanh_C, dY, dA, dA_ifo, dA_c in reversed(list(steps)):
+            dH = dY + dH
+            dO = dH * tanh_C
+            dC = dC + dH * O * (1 - tanh_C**2)
+            dI = dC * C_tilde
+            dF = dC * C_prev
+            dC_tilde = dC * I
+            sigmoid_backward(torch.cat([dI, dF, dO], dim=1), IFO, grad_input=dA_ifo)
+            tanh_backward(dC_tilde, C_tilde, grad_input=dA_c)
+            dC = dC * F
+            dH = _product(dA, W_h.t())
+        dW_h = _summed(_before(H_0, states), dA_all)
+        return *_input_gradients(ctx, inputs, W_x, dA_all), dW_h, dH, dC
 
 
-def _joined(W_xs, W_hs, bs):
-    """W = [W_x; W_h] (D + h, gates * h) and b (gates * h,) of several gates side by side."""
-    return torch.cat([torch.cat(W_xs, dim=1), torch.cat(W_hs, dim=1)]), torch.cat(bs)
+def _apply(function, inputs, *tensors):
+    """function.apply, under autocast in the parameters' own precision; ValueError for T = 0."""
+    if len(inputs) == 0:
+        raise ValueError("inputs (T, B, D) must have at least one step, not T = 0")
+    device = inputs.device.type
+    if not torch.is_autocast_enabled(device):
+        return function.apply(inputs, *tensors)
+    with torch.autocast(device, enabled=False):
+        return function.apply(*(tensor.to(tensors[0].dtype) for tensor in (inputs, *tensors)))
 
 
 def rnn(inputs, state, params):
-    """`rnn_models.rnn_steps`: inputs (T, B, D), state (H,), params W_xh W_hh b_h -> states (T, B, h), (H,)."""
+    """inputs (T, B, D), (H (B, h),), W_xh W_hh b_h -> states (T, B, h), (H,); ValueError if T = 0."""
     W_xh, W_hh, b_h = params
-    states = RNNScan.apply(inputs, torch.cat([W_xh, W_hh]), b_h, *state)
+    states = _apply(RNN, inputs, W_xh, b_h, W_hh, *state)
     return states, (states[-1],)
 
 
 def gru(inputs, state, params):
-    """`rnn_models.gru_steps`: inputs (T, B, D), state (H,), params in threes for z, r, h -> states (T, B, h), (H,)."""
-    W_xz, W_hz, b_z, W_xr, W_hr, b_r, W_xh, W_hh, b_h = params
-    W_zr, b_zr = _joined([W_xz, W_xr], [W_hz, W_hr], [b_z, b_r])
-    W_h = torch.cat([W_xh, W_hh])
-    states = GRUScan.apply(inputs, W_zr, b_zr, W_h, b_h, *state, torch.is_grad_enabled())
+    """As `rnn`, with params W_x. W_h. b_. of the gates z, r, h in turn."""
+    W_x, b = torch.cat(params[0::3], dim=1), torch.cat(params[2::3])  # (D, 3h), (3h,)
+    W_hz, W_hr, W_hh = params[1::3]
+    states = _apply(GRU, inputs, W_x, b, torch.cat([W_hz, W_hr], dim=1), W_hh, *state)
     return states, (states[-1],)
 
 
 def lstm(inputs, state, params):
-    """`rnn_models.lstm_steps`: inputs (T, B, D), state (H, C), params in threes for i f o c -> states, (H, C)."""
-    W_xi, W_hi, b_i, W_xf, W_hf, b_f, W_xo, W_ho, b_o, W_xc, W_hc, b_c = params
-    W, b = _joined([W_xo, W_xi, W_xf, 2 * W_xc], [W_ho, W_hi, W_hf, 2 * W_hc], [b_o, b_i, b_f, 2 * b_c])
-    states, C = LSTMScan.apply(inputs, W, b, *state, torch.is_grad_enabled())
+    """As `rnn`, with params W_x. W_h. b_. of i, f, o, c in turn and the state (H, C), both (B, h)."""
+    W_x, b = torch.cat(params[0::3], dim=1), torch.cat(params[2::3])  # (D, 4h), (4h,)
+    states, C = _apply(LSTM, inputs, W_x, b, torch.cat(params[1::3], dim=1), *state)
     return states, (states[-1], C)
-
-
-class Graphed:
-    """A function of tensors that on a GPU is recorded once for each shape, forward and backward, and then replayed.
-
-    On a GPU a step's operations take less time than it takes to start them one by one; a recorded CUDA graph starts
-    them all at once. Where recording fails, a warning says so once and the function runs as it is.
-    """
-
-    def __init__(self, function):
-        """function: of tensors alone, of which it may leave some unused, with a tensor or a tuple of them as result."""
-        self.function, self.graphs, self.warned = function, {}, False
-
-    def __call__(self, *tensors):
-        """function(*tensors). The result of a graph is overwritten by its next replay."""
-        key = tuple((tensor.shape, tensor.dtype, tensor.requires_grad) for tensor in tensors)
-        if key not in self.graphs:
-            self.graphs[key] = self._record(tensors)
-        return self.graphs[key](*tensors)
-
-    def _record(self, tensors):
-        samples = tuple(tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in tensors)
-        try:
-            return torch.cuda.make_graphed_callables(self.function, samples, allow_unused_input=True)
-        except RuntimeError as error:
-            if not self.warned:
-                warnings.warn(f"no CUDA graph ({error}): the recurrence runs step by step, slower", stacklevel=4)
-            self.warned = True
-            return self.function

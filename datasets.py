@@ -1,79 +1,88 @@
-"""Where the data come from: a path, a folder, a verified download, or the bundled sample; and how files are written.
+"""Where the data come from (a path, a folder, a download, the sample), and how files are written.
 
-`load` returns a frame and says where it came from. Nothing here knows what the data are used for.
+`load` returns a DataFrame and says where it came from. Nothing here knows what the data mean.
 """
 
 import contextlib
 import hashlib
 import io
 import os
+import socket
+import sys
 import tempfile
-import urllib.request
+import time
+import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from http.client import HTTPException
 from pathlib import Path
-from urllib.error import HTTPError
 from urllib.parse import urlsplit
 
 import pandas as pd
-from tqdm import tqdm
+import torch
 
 import samples
 
-DATA_DIR = Path(__file__).parent / "data"  # what the scripts make themselves: downloads, token caches
-MAX_BYTES = 2**30  # of a CSV: thirty times the largest file of the project, far below what fills a memory
+DATA_DIR = Path(__file__).parent / "data"  # downloads and caches; git ignores it
+MAX_BYTES = 2**30  # of a CSV: thirty times the largest file of the project
 TIMEOUT = 20  # seconds that a server may stay silent
 
 
 class UserError(Exception):
-    """Something that a user can cause and mend: one line, printed without a traceback, exit status 2."""
-
-
-class Unreachable(Exception):
-    """A download that failed for want of a network or a server."""
+    """A mistake that the user can mend: printed as one line without a traceback, exit status 2."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A file known by name: where it is downloaded, how it is verified and read, and what makes its bundled sample."""
+    """A file known by name: its addresses, how a download is verified, and its made-up sample."""
 
     name: str
-    url: str
-    sha256: str | None
+    urls: tuple[str, ...]
     sample: Callable[[], pd.DataFrame]
+    sha256: str | None = None
+    size: int | None = None  # bytes of the download
+    rows: int | None = None
     options: dict = field(default_factory=dict)  # of pandas.read_csv
 
 
 REVIEWS = Dataset(
     "online_shopping_10_cats.zip",
-    "https://raw.githubusercontent.com/SophonPlus/ChineseNlpCorpus/master/datasets/online_shopping_10_cats/online_shopping_10_cats.zip",
-    "6816ded66fde9d0927ecbd370b5e12d0174d1abac35192ec014ac2a0a8d25858",
+    tuple(
+        f"https://{host}/datasets/online_shopping_10_cats/online_shopping_10_cats.zip"
+        for host in (
+            "raw.githubusercontent.com/SophonPlus/ChineseNlpCorpus/master",
+            "cdn.jsdelivr.net/gh/SophonPlus/ChineseNlpCorpus@master",
+        )
+    ),
     samples.reviews,
-    {"dtype": str, "keep_default_na": False},  # a review "NA" or "1.0" is a text too
+    sha256="6816ded66fde9d0927ecbd370b5e12d0174d1abac35192ec014ac2a0a8d25858",
+    options={"dtype": str, "keep_default_na": False},  # "NA" and "1.0" are texts too
 )
 CLIMATE = Dataset(
     "jena_climate_2009_2016.csv.zip",
-    "https://storage.googleapis.com/tensorflow/tf-keras-datasets/jena_climate_2009_2016.csv.zip",
-    None,  # its publisher states none: verified by its length and the check sum inside the zip
+    (
+        "https://storage.googleapis.com/tensorflow/tf-keras-datasets/jena_climate_2009_2016.csv.zip",
+        "https://s3.amazonaws.com/keras-datasets/jena_climate_2009_2016.csv.zip",
+    ),
     samples.temperatures,
+    size=13_568_290,  # its publishers state no hash
+    rows=420_551,
 )
 
 
 @contextlib.contextmanager
 def whole_file(path, mode="wb", **options):
-    """Open a file that appears under its name whole or not at all: written beside it, flushed to disk, renamed.
+    """Open a file that appears under its name whole or not at all: written beside it, then renamed.
 
-    mode, options: as for `open`. Raises UserError if the folder cannot be written or the disk is full.
+    mode, options: as for `open`. Raises UserError if the folder cannot be written or the disk is
+    full.
     """
     path = Path(path)
+    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; name another folder, or free this one") from error
-    try:
+        prefix = f".{path.name}."
+        descriptor, temporary = tempfile.mkstemp(prefix=prefix, suffix=".part", dir=path.parent)
         with open(descriptor, mode, **options) as stream:
             yield stream
             stream.flush()
@@ -81,134 +90,155 @@ def whole_file(path, mode="wb", **options):
         os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner reads
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; free some space or name another folder"
-        ) from error
+        reason = error.strerror or error
+        raise UserError(f"cannot write {path}: {reason}; free it or name another folder") from error
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
 
 
 def load(dataset, path=None):
-    """The frame of a `Dataset` and a dict {"path", "sha256", "source", "rows"} that says which file it is.
+    """The DataFrame of a `Dataset`, and {"path", "sha256", "source", "rows"} of its file.
 
-    path: a CSV, or a zip that holds one; without it the file is looked for in RNN_DATA_DIR and in data/, then
-    downloaded into data/; where that fails for want of a network, the bundled sample is made, and a banner says so.
-    Raises UserError for a file that is missing or unfit.
+    path: a CSV, or a zip that holds one. Without it the file is looked for in RNN_DATA_DIR and in
+    data/, then downloaded into data/; if no address answers, the sample is made, and a banner says
+    so. Raises UserError for a file that is missing or unfit.
     """
     source = "file"
+    path = Path(path).expanduser() if path else find(dataset)
     if path is None:
-        try:
-            path, source = _find(dataset)
-        except Unreachable as error:
-            frame = dataset.sample()
-            print(f"{'*' * 100}\n  BUNDLED SAMPLE: {dataset.name} is not here and could not be downloaded ({error}).")
-            print(
-                f"  What follows is made-up data: its numbers say nothing about the real ones.\n{'*' * 100}", flush=True
-            )
-            digest = hashlib.sha256(frame.to_csv(index=False).encode()).hexdigest()
-            return frame, {"path": "bundled sample", "sha256": digest, "source": "sample", "rows": len(frame)}
-    content = _read(Path(path))
-    frame = _parse(_csv_of(content, path), path, dataset.options)
-    digest = hashlib.sha256(content).hexdigest()
+        path, reason = download(dataset)
+        source = "download"
+    if path is None:
+        frame = dataset.sample()
+        print_banner(dataset, reason)
+        digest = hashlib.sha256(frame.to_csv(index=False).encode()).hexdigest()
+        path, source = "bundled sample", "sample"
+    else:
+        content = read_bytes(path)
+        frame = parse_csv(unzip(content, path), path, dataset.options)
+        digest = hashlib.sha256(content).hexdigest()
     return frame, {"path": str(path), "sha256": digest, "source": source, "rows": len(frame)}
 
 
-def _find(dataset):
-    """(path, "file" or "download") of a dataset for which no path was given; Unreachable if there is no network."""
-    for folder in filter(None, (os.environ.get("RNN_DATA_DIR"), DATA_DIR)):
-        for name in (dataset.name, dataset.name.removesuffix(".zip").removesuffix(".csv") + ".csv"):
-            if (Path(folder) / name).is_file():
-                return Path(folder) / name, "file"
-    return download(dataset.url, DATA_DIR / dataset.name, dataset.sha256), "download"
+def data_folders():
+    """RNN_DATA_DIR, where it is set, and data/."""
+    named = os.environ.get("RNN_DATA_DIR")
+    return [*([Path(named).expanduser()] if named else []), DATA_DIR]
 
 
-class _SafeRedirects(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, request, stream, code, message, headers, url):
-        _check_url(url)
-        return super().redirect_request(request, stream, code, message, headers, url)
+def find(dataset):
+    """The path of a dataset, zip or CSV, in the first folder that has it; None if none has."""
+    names = (dataset.name, dataset.name.removesuffix(".zip").removesuffix(".csv") + ".csv")
+    paths = [folder / name for folder in data_folders() for name in names]
+    return next((path for path in paths if path.is_file()), None)
 
 
-def _check_url(url):
-    parts = urlsplit(url)
-    if parts.scheme != "https" and not (parts.scheme == "http" and parts.hostname in ("127.0.0.1", "::1", "localhost")):
-        raise UserError(f"{url} is not an https address; download the file by hand and name it with --data")
+def download(dataset):
+    """Fetch a dataset into data/, from the first address that gives the right file.
 
-
-def download(url, path, sha256=None):
-    """Fetch url into the file `path`, which appears only when it is whole and its SHA-256 is right; returns `path`.
-
-    sha256: hex digest, or None where none is published. Proxies are those of the usual environment variables.
-    Raises Unreachable if no server answers, it refuses, or the connection breaks; UserError for a wrong digest, an
-    address that is neither https nor on this machine, and a folder that cannot be written.
+    Returns (path, None), or (None, the last failure in words). The file gets its name only after
+    it has been verified: by its SHA-256, or by its size and its table.
     """
-    _check_url(url)
-    digest = hashlib.sha256()
-    with whole_file(path) as stream:
-        for block in _blocks(url, Path(path).name):
-            digest.update(block)
-            stream.write(block)
-        if sha256 and digest.hexdigest() != sha256:
-            raise UserError(
-                f"{url} has SHA-256 {digest.hexdigest()}, not {sha256}; try again, or name a file with --data"
-            )
-    return path
-
-
-def _blocks(url, name):
-    """What a server sends, block by block, behind a progress bar; Unreachable if it does not send all of it."""
-    received = 0
+    path = DATA_DIR / dataset.name
+    temporary = DATA_DIR / f".{dataset.name}.{os.getpid()}.part"
+    reason = "no address is known"
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(TIMEOUT)
     try:
-        with urllib.request.build_opener(_SafeRedirects).open(url, timeout=TIMEOUT) as response:
-            length = int(response.headers.get("Content-Length") or 0)
-            with tqdm(total=length or None, unit="B", unit_scale=True, desc=name, disable=None) as bar:
-                while block := response.read(2**16):
-                    received += len(block)
-                    if received > MAX_BYTES:
-                        raise UserError(f"{url} sends more than {MAX_BYTES:,} bytes; it is not the expected file")
-                    yield block
-                    bar.update(len(block))
-    except (OSError, HTTPException, ValueError) as error:  # URLError, time-outs, broken connections are OSErrors
-        reason = error if isinstance(error, HTTPError) else getattr(error, "reason", error)
-        raise Unreachable(f"{urlsplit(url).hostname}: {reason}") from error
-    if received < length:
-        raise Unreachable(f"{urlsplit(url).hostname}: connection cut after {received:,} of {length:,} bytes")
+        DATA_DIR.mkdir(exist_ok=True)
+        remove_stale(DATA_DIR, dataset.name, 3600)
+        for url in dataset.urls:
+            try:
+                progress = sys.stderr.isatty()
+                torch.hub.download_url_to_file(url, str(temporary), dataset.sha256, progress)
+                verify(dataset, temporary)
+                os.replace(temporary, path)
+                return path, None
+            except Exception as error:  # servers fail in many ways; each means: try the next one
+                reason = f"{urlsplit(url).hostname}: {' '.join(str(error).split())[:100]}"
+    except OSError as error:
+        reason = f"{DATA_DIR} cannot be written: {error.strerror}"
+    finally:
+        socket.setdefaulttimeout(before)
+        temporary.unlink(missing_ok=True)
+    return None, reason
 
 
-def _read(path):
-    """The bytes of a file; UserError if it is missing, a folder, empty, too large or unreadable."""
+def verify(dataset, path):
+    """Raise ValueError unless a download has the dataset's size and number of rows, where known."""
+    size = path.stat().st_size
+    if dataset.size and size != dataset.size:
+        raise ValueError(f"sent {size:,} bytes instead of {dataset.size:,}")
+    if dataset.rows:
+        frame = parse_csv(unzip(path.read_bytes(), path), path, dataset.options)
+        if len(frame) != dataset.rows or not set(dataset.sample().columns) <= set(frame.columns):
+            raise ValueError(f"sent a table of {len(frame):,} rows instead of {dataset.rows:,}")
+
+
+def remove_stale(folder, name="", seconds=0):
+    """Delete what killed runs left half-written in a folder: hidden files that end in .part.
+
+    name: only those of this file; seconds: only those that are older.
+    """
+    for path in folder.glob(f".{name}*.part*"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime >= seconds:
+                path.unlink()
+
+
+def print_banner(dataset, reason):
+    """Say that the sample stands in for a dataset, why, and how to get the real file."""
+    named = os.environ.get("RNN_DATA_DIR")
+    where = f"; RNN_DATA_DIR={named} does not hold it" if named else ""
+    print("*" * 100)
+    print(f"  BUNDLED SAMPLE: {dataset.name} could not be downloaded ({reason}){where}.")
+    print("  These are made-up data: their numbers say nothing about the real ones.")
+    print(f"  For the real ones, fetch {dataset.urls[0]}")
+    print(f"  with a browser and put the file into {DATA_DIR}")
+    print("*" * 100, flush=True)
+
+
+def read_bytes(path):
+    """The bytes of a regular file; UserError if it is missing, none, empty or too large."""
     try:
-        if path.is_dir():
-            raise UserError(f"{path} is a folder; name the CSV or zip file in it")
+        if not path.is_file():
+            reason = "is no regular file" if path.exists() else "does not exist"
+            raise UserError(f"{path} {reason}; name a CSV, or a zip that holds one")
         if path.stat().st_size > MAX_BYTES:
             raise UserError(f"{path} has more than {MAX_BYTES:,} bytes; name a smaller file")
         content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read {path}: {reason}; check the path") from error
     if not content:
         raise UserError(f"{path} is empty; name a file with data")
     return content
 
 
-def _csv_of(content, path):
-    """The bytes of the CSV: the content itself, or the one CSV in the zip; UserError for any other zip."""
+def unzip(content, path):
+    """The bytes of the CSV: the content itself, or the one CSV in the zip; UserError otherwise."""
     if not content.startswith(b"PK\x03\x04"):
         if str(path).lower().endswith(".zip"):
-            raise UserError(f"{path} is no zip file; it may be half downloaded: delete it and fetch it again")
+            raise UserError(f"{path} is no zip file; delete it and fetch it again")
         return content
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            names = [name for name in archive.namelist() if name.lower().endswith(".csv") and "__MACOSX" not in name]
-            if len(names) != 1:
-                raise UserError(f"{path} holds {len(names)} CSV files instead of one; unpack it and name the right one")
-            if archive.getinfo(names[0]).file_size > MAX_BYTES:
-                raise UserError(f"{path} unpacks to more than {MAX_BYTES:,} bytes; name a smaller file")
-            return archive.read(names[0])
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
-        raise UserError(f"{path} cannot be unpacked ({error}); fetch it again, or unpack it by hand") from error
+            files = [file for file in archive.infolist() if file.filename.lower().endswith(".csv")]
+            files = [file for file in files if "__MACOSX" not in file.filename]
+            if len(files) != 1:
+                raise UserError(f"{path} holds {len(files)} CSV files, not one; unpack the right one")
+            if files[0].file_size > MAX_BYTES:
+                raise UserError(f"{path} unpacks to more than {MAX_BYTES:,} bytes")
+            return archive.read(files[0])
+    except UserError:
+        raise
+    except Exception as error:  # damaged zips raise what zlib, LZMA, ... find first
+        raise UserError(f"{path} cannot be unpacked ({error}); fetch it again") from error
 
 
-def _parse(content, path, options):
-    """A frame from CSV bytes in UTF-8, with or without BOM, or GB18030; UserError if they are neither."""
+def parse_csv(content, path, options):
+    """A DataFrame from CSV bytes in UTF-8, with or without BOM, or GB18030; UserError otherwise."""
     for encoding in ("utf-8-sig", "gb18030"):
         with contextlib.suppress(UnicodeDecodeError):
             text = content.decode(encoding)
@@ -216,14 +246,18 @@ def _parse(content, path, options):
     else:
         raise UserError(f"{path} is neither UTF-8 nor GB18030 text; save it as CSV UTF-8")
     try:
-        return pd.read_csv(io.StringIO(text), **options)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise UserError(f"{path} is not a CSV table ({str(error).strip()}); check its columns and quotes") from error
+        with warnings.catch_warnings():
+            # Without index_col=False rows with a field too many would shift all columns.
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            return pd.read_csv(io.StringIO(text), index_col=False, **options)
+    except (pd.errors.ParserError, pd.errors.ParserWarning, pd.errors.EmptyDataError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is no CSV table ({reason}); check commas and quotes") from error
 
 
 def check_columns(frame, columns, path):
-    """UserError unless the frame has all of `columns`."""
-    missing = [column for column in columns if column not in frame.columns]
-    if missing:
-        names = ", ".join(map(str, frame.columns[:20]))
-        raise UserError(f"{path} has no column {missing[0]!r}; its columns are: {names}")
+    """Raise UserError unless the DataFrame has all of `columns`."""
+    for column in columns:
+        if column not in frame.columns:
+            names = ", ".join(map(str, frame.columns[:20]))
+            raise UserError(f"{path} has no column {column!r}; its columns are: {names}")

@@ -1,331 +1,522 @@
-"""Two days of temperature ahead from five days known, with an RNN, a GRU, an LSTM or a Bi-LSTM written by hand.
+"""Forecast two days of temperature from five days, with a recurrent network written by hand.
 
-    python temp_forecast.py                                  LSTM on hourly means, writes runs/temp_lstm/
-    python temp_forecast.py --model all --freq D --data jena_daily.csv
+    python temp_forecast.py                              LSTM on hourly means, jena_climate_2009_2016
+    python temp_forecast.py --model all --features all   all four, from all columns
     python temp_forecast.py --checkpoint runs/temp_lstm/best.pt --predict recent.csv
 
-The first --train-years years train, their last part validates, all that follows tests: 7-day segments from the first
-midnight on, 5 days in, 2 days out, and beside them every forecast that starts at a midnight. Errors are absolute, degC.
-The network forecasts the anomaly, the difference from a smooth climatology fitted to the training years.
+The first --train-years years train, their last fifth validates, all that follows tests: 7-day
+segments from the first midnight on, 5 days in, 2 days out, and beside them every forecast that
+starts at a midnight. Errors are absolute, in degC. The network sees and forecasts anomalies, the
+difference from a smooth climatology of the training years, and corrects a linear forecast.
 """
 
-import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
 
 import datasets
+import plots
 import training
 from datasets import UserError
 from metrics import mean_error, median_error, rmse
-from rnn_models import ForecastEnsemble, Forecaster
-from training import CELLS, NAMES, number
-from weather import (
-    STAMP,
-    STEPS_A_DAY,
-    TARGET,
-    baseline_forecasts,
-    fit_linear,
-    harmonics,
-    network_inputs,
-    prepare,
-    read_series,
-)
+from rnn_models import Forecaster
+from training import CELLS, NAMES, Run, number
 
-BASELINES = {"persistence": "persistence", "seasonal_naive": "seasonal naive", "climatology": "climatology",
-             "linear": "linear"}  # fmt: skip
-# Chosen on validation rows, one set for each step length.
-HOURLY = {"epochs": 8, "hidden": 64, "batch_size": 128, "lr": 2e-3, "dropout": 0.3, "noise": 0.2, "average": 0.99,
-          "residual": True, "members": 1}  # fmt: skip
-DAILY = {"epochs": 12, "hidden": 16, "batch_size": 16, "lr": 2e-3, "dropout": 0.1, "noise": 0.0, "average": 0.0,
-         "residual": False, "members": 5}  # fmt: skip
-DEFAULTS = {"h": HOURLY, "10min": HOURLY, "D": DAILY}
+TARGET = "T (degC)"
+STAMP = "%d.%m.%Y %H:%M:%S"
+STEPS_A_DAY = {"h": 24, "10min": 144, "D": 1}
+CALENDAR = 4  # features: sine and cosine of the year and of the day
+CURVE_WINDOWS = 5000  # training windows on which the curves' training error is measured
+PENALTIES = 10.0 ** np.arange(-1, 6)  # of the ridge regressions
+BAND = (0.1, 0.9)  # quantiles of the validation errors: the 80 % band
+PARTS = {"segments": "7-day segments", "daily_origins": "daily origins"}
+# Chosen on validation rows of the mission's series.
+DEFAULTS = {
+    "model": "lstm", "epochs": 8, "patience": 3, "batch_size": 128, "hidden": 64, "dropout": 0.3,
+    "lr": 2e-3, "descent": 8, "weight_decay": 1e-4, "average": 0.99,
+}  # fmt: skip
 
 
 def parse_args(arguments=None):
     """The command line as a namespace."""
-    parser = training.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    training.add_training_options(parser, model="lstm", schedule="linear")
+    parser = training.make_parser(__doc__, **DEFAULTS)
     add = parser.add_argument
-    add("--freq", choices=list(STEPS_A_DAY), default="h", help="length of a step: means of hours, 10 minutes or days")
-    add("--history-days", type=number(int, 1), default=5, help="days that are known (default: %(default)s)")
-    add("--horizon-days", type=number(int, 1), default=2, help="days that are forecast (default: %(default)s)")
-    add("--train-years", type=number(int, 1), default=6, help="years that train and validate (default: %(default)s)")
-    add("--features", choices=["T", "all"], default="T", help="temperature alone, or every numeric column (default: T)")
-    add("--noise", type=number(float, 0), help="standard deviation of noise on the scaled inputs in training")
-    add("--members", type=number(int, 1), help="networks whose mean is the forecast")
-    add(
-        "--refit",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="train again with the validation rows, for as many epochs as validation found best (default: yes)",
+    days = number(int, 1, 60)
+    add("--freq", choices=STEPS_A_DAY, default="h", help="step: mean of an hour, 10 minutes, a day")
+    add("--history-days", type=days, default=5, help="days that are known")
+    add("--horizon-days", type=days, default=2, help="days that are forecast")
+    add("--train-years", type=number(int, 1, 200), default=6, help="years that train and validate")
+    add("--features", choices=["T", "all"], default="T", help="temperature, or all numeric columns")
+    add("--predict", metavar="FILE", type=Path, help="forecast the days after the last in this CSV")
+    return training.parse(parser, arguments)
+
+
+# --- the series ---------------------------------------------------------------------------------
+
+
+def read_series(frame, path, freq):
+    """A DataFrame's numeric columns as means of steps of `freq`, without flaws, indexed by time.
+
+    Rows are sorted, repeated stamps averaged; -9999, impossible values and words are missing; a
+    step needs three quarters of its rows; gaps of up to three hours are interpolated; directions
+    in degrees become sine and cosine. One line reports it all. Raises UserError for a missing
+    column, a date that cannot be read, and a file without enough temperatures.
+    """
+    datasets.check_columns(frame, ("Date Time", TARGET), path)
+    stamps = read_stamps(frame["Date Time"], path)
+    raw = frame.drop(columns="Date Time")
+    values = raw.apply(pd.to_numeric, errors="coerce").astype(float)
+    words = (values.isna() & raw.notna()).sum()
+    impossible = (values <= -999) | np.isinf(values)
+    impossible[TARGET] |= ~values[TARGET].between(-90, 60) & values[TARGET].notna()
+    values = values.mask(impossible)
+    values = values.loc[:, values.notna().any()]
+    if TARGET not in values:
+        raise UserError(f"{path} has no temperatures in its column {TARGET!r}; check the file")
+    for name in [name for name in values if name.endswith("(deg)")]:
+        angle = np.deg2rad(values.pop(name))
+        values[f"{name} sine"], values[f"{name} cosine"] = np.sin(angle), np.cos(angle)
+    values.index = stamps
+    repeated = int(values.index.duplicated().sum())
+    values = values.sort_index().groupby(level=0).mean()
+    steps = values.resample(freq)
+    spacing = values.index.to_series().diff().median()
+    expected = 1 if pd.isna(spacing) else max(1.0, pd.Timedelta(1, freq.lstrip("10") or freq) / spacing)
+    series = steps.mean().where(steps.count() >= 0.75 * expected)
+    missing = series[TARGET].isna()
+    series = series.apply(fill_short_gaps, longest=3 * STEPS_A_DAY[freq] // 24)
+    filled = int((missing & series[TARGET].notna()).sum())
+    first, last = series.index[[0, -1]].strftime("%Y-%m-%d %H:%M")
+    noted = ", ".join(f"{count} in {name}" for name, count in words.items() if count) or "none"
+    print(
+        f"{path}: {len(frame)} rows, {first} to {last}; {repeated} repeated stamps averaged, "
+        f"{int(impossible.to_numpy().sum())} impossible values, values that are no numbers: {noted}; "
+        f"{len(series)} steps, {filled} of {int(missing.sum())} missing ones interpolated"
     )
-    add("--residual", action=argparse.BooleanOptionalAction, help="learn what the linear model leaves, and add the two")
-    add("--predict", metavar="FILE", type=Path, help="with --checkpoint: the two days after the last five in this CSV")
-    args = parser.parse_args(arguments)
-    for name, value in DEFAULTS[args.freq].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if (args.predict is None) != (args.checkpoint is None):
-        raise UserError("--predict and --checkpoint belong together; give both, or none to train")
-    return args
+    if missing.mean() > 0.5:
+        raise UserError(f"{path}: more than half of the steps have no temperature; is --freq right?")
+    return series
 
 
-# --- training and testing ---------------------------------------------------------------------------------------------
+def read_stamps(column, path):
+    """The column "Date Time" as a DatetimeIndex; UserError names a row that cannot be right."""
+    stamps = pd.to_datetime(column, format=STAMP, errors="coerce")
+    if stamps.isna().any():
+        row = int(np.flatnonzero(stamps.isna())[0])
+        raise UserError(
+            f"{path}: row {row + 1} has the date {str(column.iloc[row])!r}; write 31.12.2009 23:50:00"
+        )
+    far = (stamps - stamps.median()).abs() > pd.Timedelta(days=200 * 365.25)
+    if far.any():
+        row = int(np.flatnonzero(far)[0])
+        raise UserError(f"{path}: row {row + 1} is centuries away: {column.iloc[row]}; correct it")
+    return pd.DatetimeIndex(stamps)
 
 
-def build_model(options):
-    """The forecaster that a dict of options describes; its linear part, where it has one, is still zero."""
-    size, ahead = len(options["columns"]) + 4, options["ahead"]
-    linear = torch.zeros(options["known"] + 1, ahead) if options["residual"] else None
-    cell = CELLS[options["model"]]
-    return ForecastEnsemble(
-        [
-            Forecaster(cell, size, options["hidden"], ahead, options["dropout"], options["noise"])
-            for _ in range(options["members"])
-        ],
-        linear,
-    )
+def fill_short_gaps(column, longest):
+    """A column with gaps of at most `longest` steps interpolated, longer ones left as they are."""
+    gap = column.isna()
+    length = gap.groupby((gap != gap.shift()).cumsum()).transform("sum")
+    return column.interpolate(limit_area="inside").where(~gap | (length <= longest))
 
 
-@torch.no_grad()
-def forecast(model, inputs, starts, known, batch_size=512):
-    """The network's scaled anomalies (n, ahead) on the CPU for windows of inputs (N, D) that begin at starts (n,)."""
-    model.eval()
-    steps = torch.arange(known, device=inputs.device)[:, None]
-    return torch.cat([model(inputs[part + steps]) for part in starts.to(inputs.device).split(batch_size)]).cpu()
+def calendar(index):
+    """(N, 4) features that tell the season and the hour: sine and cosine of the year and the day."""
+    hour = index.hour.to_numpy() + index.minute.to_numpy() / 60
+    year = 2 * np.pi * (index.day_of_year.to_numpy() - 1 + hour / 24) / 365.25
+    day = 2 * np.pi * hour / 24
+    return np.stack([np.sin(year), np.cos(year), np.sin(day), np.cos(day)], axis=1)
 
 
-def train(args, model_name, weather, data, linear, device):
-    """Train one structure, test it, write its folder; returns (metrics.json's dict, history)."""
-    folder = args.out / f"temp_{model_name}"
-    lock = training.lock_folder(folder)
-    options = {name: getattr(args, name) for name in ("freq", "hidden", "dropout", "noise", "residual", "members")}
-    options |= {name: getattr(weather, name) for name in ("ahead", "known", "columns")} | {"model": model_name}
-    fixed = {"task": "temp", "options": options, "climatology": weather.coefficients.tolist(),
-             "scale": weather.scale.tolist(), "source": data["source"]}  # fmt: skip
-    scale = float(weather.scale[0])
+def harmonics(index, steps_a_day):
+    """(N, K) regressors of the climatology: 1, two harmonics of the year, and, for steps shorter
+    than a day, two harmonics of the day that change with the season."""
+    sin_y, cos_y, sin_d, cos_d = calendar(index).T
+    terms = [np.ones(len(index)), sin_y, cos_y, 2 * sin_y * cos_y, cos_y**2 - sin_y**2]
+    if steps_a_day > 1:
+        for wave in (sin_d, cos_d, 2 * sin_d * cos_d, cos_d**2 - sin_d**2):
+            terms += [wave, wave * sin_y, wave * cos_y]
+    return np.stack(terms, axis=1)
 
-    def new_model(linear):
-        training.seed_all(args.seed)
-        model = build_model(options)
-        if args.residual:  # in scaled anomalies the weights are the same, only the constant is scaled
-            model.linear.copy_(torch.from_numpy(np.vstack([linear[:-1], linear[-1] / scale])))
-        return model.to(device)
 
-    inputs = torch.from_numpy(network_inputs(weather.anomalies, weather.scale, weather.index)).to(device)
-    targets = inputs[:, 0]
-    starts = {part: torch.from_numpy(values) for part, values in weather.starts.items()}
-    past = torch.arange(weather.known, device=device)[:, None]
-    future = torch.arange(weather.known, weather.known + weather.ahead, device=device)
+def fit_climatology(design, values):
+    """Least squares (K, C) of values (N, C) on the design (N, K), leaving out missing values."""
+    there = np.isfinite(values)
+    fits = [np.linalg.lstsq(design[t], v[t], rcond=None)[0] for v, t in zip(values.T, there.T, strict=True)]
+    return np.stack(fits, axis=1)
 
-    def batches(part, model):
-        model.train()
-        every = max(1, weather.steps_a_day // 8)  # windows a few hours apart, of another hour in every epoch
-        mine = starts[part][int(torch.randint(every, ())) :: every]
-        return mine[torch.randperm(len(mine))].to(device).split(args.batch_size)
 
-    def loss_of(model, batch):
-        return (model(inputs[batch + past]) - targets[batch[:, None] + future]).abs().mean() * scale, len(batch)
+def window_starts(complete, first, last, length, step):
+    """First steps of windows of `length` steps within first..last-1, `step` apart, whole ones only.
 
-    def validate(model):
-        guess = forecast(model, inputs, starts["validation"], weather.known)
-        truth = targets.cpu()[starts["validation"][:, None] + future.cpu()]
-        return {"validation_mean_error": mean_error(truth.numpy(), guess.numpy()) * scale}
+    complete: (N,) whether a step has all its values. Returns (starts, how many were left out).
+    """
+    starts = np.arange(first, last - length + 1, step)
+    missing_before = np.concatenate([[0], np.cumsum(~complete)])
+    whole = missing_before[starts + length] == missing_before[starts]
+    return starts[whole], int((~whole).sum())
 
-    model = new_model(linear[0])
-    parameters = sum(param.numel() for param in model.parameters())
-    print(f"\n{NAMES[model_name]}: {parameters:,} parameters, {device}", flush=True)
-    history, best_epoch = training.fit(
-        model, args, folder, fixed, lambda: batches("train", model), loss_of, validate,
-        "validation_mean_error", min, "windows",
+
+@dataclass
+class Weather:
+    """A series as the network sees it, and the windows of each part."""
+
+    index: pd.DatetimeIndex
+    columns: list[str]
+    steps_a_day: int
+    known: int  # steps
+    horizon: int  # steps
+    truth: np.ndarray  # (N,), degC
+    coefficients: np.ndarray  # (K, C), of the climatology
+    climatology: np.ndarray  # (N,), degC
+    scale: np.ndarray  # (C,), standard deviations of the anomalies
+    inputs: np.ndarray  # (N, C + 4) float32: scaled anomalies, the temperature's first; calendar
+    starts: dict[str, np.ndarray]  # "train", "validation", "segments", "daily_origins"
+
+    def past(self, starts):
+        """The known steps (n, known) of windows that begin at starts (n,)."""
+        return np.asarray(starts)[:, None] + np.arange(self.known)
+
+    def future(self, starts):
+        """The steps to forecast (n, horizon) of windows that begin at starts (n,)."""
+        return np.asarray(starts)[:, None] + np.arange(self.known, self.known + self.horizon)
+
+
+def prepare(args, series, path):
+    """Climatology, anomalies and windows of a series. Raises UserError if it is too short."""
+    index, steps_a_day = series.index, STEPS_A_DAY[args.freq]
+    known, horizon = args.history_days * steps_a_day, args.horizon_days * steps_a_day
+    split = int((index < index[0] + pd.DateOffset(years=args.train_years)).sum())
+    fold = split * 4 // 5  # the last fifth of the training years validates
+    midnights = np.flatnonzero(index[split:] == index[split:].normalize()) + split
+    first_test = int(midnights[0]) if len(midnights) else len(index)
+    design = harmonics(index, steps_a_day)
+    columns = [TARGET]
+    if args.features == "all":
+        usable = series[:fold].notna().mean() > 0.5
+        columns += [name for name in series if name != TARGET and usable[name]]
+        for name in series.columns.difference(columns):
+            print(f"column {name!r} is left out: it has hardly a value in the training part")
+    values = series[columns].to_numpy(float)  # (N, C)
+    complete, length = np.isfinite(values).all(axis=1), known + horizon
+    parts = {
+        "train": window_starts(complete, 0, fold, length, 1),
+        "validation": window_starts(complete, fold, split, length, 1),
+        "segments": window_starts(complete, first_test, len(index), length, length),
+        "daily_origins": window_starts(complete, first_test, len(index), length, steps_a_day),
+    }
+    for part, (starts, _) in parts.items():
+        if len(starts) < 5:
+            raise UserError(
+                f"{path} is too short: {len(starts)} whole windows for {part.replace('_', ' ')}, at "
+                "least 5 are needed; lower --train-years or name a longer series"
+            )
+    counts = [f"{len(starts)} {part.replace('_', ' ')} (-{out})" for part, (starts, out) in parts.items()]
+    print(f"windows (left out for missing values): {', '.join(counts)}")
+    coefficients = fit_climatology(design[:split], values[:split])
+    anomalies = values - design @ coefficients
+    scale = np.nanstd(anomalies[:fold], axis=0)
+    scale[scale <= 1e-6 * np.nanmax(np.abs(values[:fold]), axis=0)] = 1.0  # a constant column
+    return Weather(
+        index, columns, steps_a_day, known, horizon, values[:, 0], coefficients,
+        (design @ coefficients)[:, 0], scale, network_inputs(anomalies, scale, index),
+        {part: starts for part, (starts, _) in parts.items()},
     )  # fmt: skip
-    if args.refit:
-        print(f"again for {best_epoch} epochs, with the validation rows", flush=True)
-        model = new_model(linear[1])
-        training.fit(
-            model, args, folder / "refit", fixed, lambda: batches("all", model), loss_of, lambda model: {},
-            "epoch", max, "windows", until=best_epoch,
-        )  # fmt: skip
-        training.save_checkpoint(folder / "best.pt", **fixed, epoch=best_epoch, weights=model.state_dict())
-    forecasts = {}
-    for part in ("segments", "daily_origins"):
-        anomalies = forecast(model, inputs, starts[part], weather.known).numpy() * scale
-        rows = weather.starts[part]
-        climate = weather.climatology[rows[:, None] + np.arange(weather.known, weather.known + weather.ahead)]
-        forecasts[part] = {"model": climate + anomalies, **baseline_forecasts(weather, rows, linear[1])}
-    metrics = {
-        "task": "temp", "model": model_name, "seed": args.seed, "argv": sys.argv[1:], "device": str(device),
-        "torch": torch.__version__, "parameters": parameters, "epochs": args.epochs, "best_epoch": best_epoch,
-        "seconds_per_epoch": float(np.mean([record["seconds"] for record in history])), "data": data,
-        "split": {"train": len(starts["train"]), "validation": len(starts["validation"]),
-                  "test": len(starts["daily_origins"])},
-        "test": {part: errors(weather, part, forecasts[part]) for part in forecasts},
-    }  # fmt: skip
-    training.write_json(folder / "metrics.json", metrics)
-    write_predictions(folder / "predictions.csv", weather, forecasts["segments"]["model"])
-    stamp = " (bundled sample)" if data["source"] == "sample" else ""
-    title = f"{NAMES[model_name]}: mean error, degC{stamp}"
-    training.draw_curves(
-        folder / "curves.png",
-        {NAMES[model_name]: history},
-        {title: {"train_loss": "o-", "validation_mean_error": "s-"}},
-    )
-    draw_forecasts(folder / "forecasts.png", weather, forecasts["segments"]["model"], NAMES[model_name] + stamp)
-    draw_lead_time(folder / "lead_time.png", weather, forecasts["daily_origins"], NAMES[model_name], stamp)
-    name = f"{NAMES[model_name]}{' on top of the linear model' if args.residual else ''}"
-    print_report(metrics["test"], name, f"{name}, test, epoch {best_epoch}{stamp}")
-    names = "metrics.json history.csv predictions.csv curves.png forecasts.png lead_time.png best.pt last.pt"
-    print(f"written to {folder}: {names}", flush=True)
-    lock.close()
-    return metrics, history
 
 
-def truth_of(weather, part):
-    """The true temperatures (n, ahead) of a part's windows, degC."""
-    return weather.truth[weather.starts[part][:, None] + np.arange(weather.known, weather.known + weather.ahead)]
+def network_inputs(anomalies, scale, index):
+    """(N, C + 4) float32: all columns' scaled anomalies (N, C), and the calendar."""
+    return np.concatenate([anomalies / scale, calendar(index)], axis=1).astype(np.float32)
 
 
-def errors(weather, part, forecasts):
-    """The entry of one part in metrics.json."""
-    truth = truth_of(weather, part)
-    model = forecasts["model"]
+# --- linear models ------------------------------------------------------------------------------
+
+
+def fit_ridge(features, targets, train, validation):
+    """Ridge regression in closed form, with the penalty that has the least validation error.
+
+    features, targets: functions from window starts (n,) to (n, F), the last feature 1, and (n, Q).
+    Returns two matrices (F, Q): fitted to the training windows, and to those of validation too.
+    """
+
+    def moments(starts):
+        gram, moment = 0.0, 0.0
+        for part in np.array_split(starts, len(starts) // 4096 + 1):
+            X, Y = features(part), targets(part)
+            gram, moment = gram + X.T @ X, moment + X.T @ Y
+        return gram, moment
+
+    def solve(gram, moment, penalty):
+        return np.linalg.solve(gram + penalty * np.diag([1.0] * (len(gram) - 1) + [1e-9]), moment)
+
+    first, second = moments(train), moments(validation)
+    sample = validation[:: max(1, len(validation) // 2000)]
+    X, Y = features(sample), targets(sample)
+    error = {penalty: mean_error(Y, X @ solve(*first, penalty)) for penalty in PENALTIES}
+    best = min(error, key=error.get)
+    return solve(*first, best), solve(*(a + b for a, b in zip(first, second, strict=True)), best)
+
+
+def fit_linear_models(weather):
+    """The linear forecast W_xq that the network corrects, and the function of the linear baseline.
+
+    Both forecast scaled anomalies; the baseline (starts -> (n, horizon)) is ridge on all columns
+    that the network sees, fitted to all windows of the training years.
+    """
+    C = len(weather.columns)
+
+    def seasonal(starts):
+        inputs = torch.from_numpy(weather.inputs[weather.past(starts)]).transpose(0, 1).double()
+        return Forecaster.linear_features(inputs).numpy()  # (n, 3 (known + 1))
+
+    def plain(starts):
+        X = weather.inputs[weather.past(starts), :C].reshape(len(starts), -1)
+        return np.c_[X, np.ones(len(X))].astype(float)  # (n, known * C + 1)
+
+    def targets(starts):
+        return weather.inputs[weather.future(starts), 0].astype(float)  # (n, horizon)
+
+    parts = weather.starts["train"], weather.starts["validation"]
+    W_xq, _ = fit_ridge(seasonal, targets, *parts)
+    _, W = fit_ridge(plain, targets, *parts)
+    return torch.from_numpy(W_xq).float(), lambda starts: plain(starts) @ W
+
+
+def baseline_forecasts(weather, starts, linear):
+    """The baselines' forecasts {name: (n, horizon)}, degC, for windows that begin at starts."""
+    past, future = weather.past(starts), weather.future(starts)
+    climate, days = weather.climatology[future], weather.horizon // weather.steps_a_day
     return {
-        "windows": len(truth),
-        "mean_error": mean_error(truth, model),
-        "median_error": median_error(truth, model),
-        "rmse": rmse(truth, model),
-        "baselines": {
-            name: {
-                "mean_error": mean_error(truth, forecasts[name]),
-                "median_error": median_error(truth, forecasts[name]),
-            }
-            for name in BASELINES
-        },
+        "persistence": np.repeat(weather.truth[past[:, -1:]], weather.horizon, axis=1),
+        "seasonal_naive": np.tile(weather.truth[past[:, -weather.steps_a_day :]], days),
+        "climatology": climate,
+        "linear": climate + weather.scale[0] * linear(starts),
     }
 
 
-def print_report(test, name, title):
-    """Errors and skill on the terminal. Skill: the share of a baseline's mean error that the model takes away."""
+# --- training and testing -----------------------------------------------------------------------
+
+
+def build_model(options):
+    """The forecaster of a checkpoint's options; its linear part is zero."""
+    return Forecaster(
+        CELLS[options["model"]], len(options["columns"]) + CALENDAR, options["hidden"],
+        options["known"], options["horizon"], options["dropout"], options["loops"],
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def forecast(model, inputs, past, batch_size=512):
+    """Scaled anomalies (n, horizon) from inputs (N, D) and the known steps (n, known)."""
+    model.eval()
+    parts = [model(inputs[rows.t()]) for rows in torch.as_tensor(past).split(batch_size)]
+    return torch.cat(parts).cpu().numpy()
+
+
+def train(args, name, weather, data, linear, device):
+    """Train one structure; returns its run, or None in all but the first of several processes."""
+    options = {key: getattr(args, key) for key in ("freq", "hidden", "dropout", "loops")}
+    options |= {key: getattr(weather, key) for key in ("known", "horizon", "columns")}
+    config = {
+        "task": "temp", "options": {"model": name, **options}, "sha256": data["sha256"],
+        "climatology": weather.coefficients.tolist(), "scale": weather.scale.tolist(),
+    }  # fmt: skip
+    training.seed_all(args.seed)
+    model = build_model(config["options"])
+    model.W_xq.copy_(linear)
+    run = Run(args, args.out / f"temp_{name}", config, model.to(device))
+    print(f"\n{NAMES[name]}: {run.parameters:,} parameters, {device}", flush=True)
+    inputs, scale = torch.from_numpy(weather.inputs).to(device), float(weather.scale[0])
+    starts = torch.from_numpy(weather.starts["train"])
+    every = min(max(1, weather.steps_a_day // 8), len(starts))  # windows a few hours apart
+    some = weather.starts["train"][:: len(starts) // CURVE_WINDOWS + 1]
+
+    def error(starts):
+        guess = forecast(run.averaged, inputs, weather.past(starts))
+        return mean_error(weather.inputs[weather.future(starts), 0], guess) * scale
+
+    for _ in run.epochs():
+        model.train()
+        own = starts[int(torch.randint(every, ())) :: every]  # other hours in every epoch
+        for batch in run.progress(own[torch.randperm(len(own))].split(args.batch_size)):
+            X = inputs[torch.from_numpy(weather.past(batch)).t()]           # (known, B, D)
+            Y = inputs[torch.from_numpy(weather.future(batch)), 0]          # (B, horizon)
+            run.step((model(X) - Y).abs().mean() * scale)
+        scores = {"train_mean_error": error(some)}
+        scores["validation_mean_error"] = error(weather.starts["validation"])
+        run.finish_epoch(scores, monitor="validation_mean_error", mode="min")
+    run.load_best()
+    return run
+
+
+def test(run, name, weather, data, linear):
+    """Test a trained structure and write its results; returns the content of metrics.json."""
+    inputs = torch.from_numpy(weather.inputs).to(run.params[0].device)
+    scale = float(weather.scale[0])
+
+    def degrees(starts):
+        anomalies = forecast(run.model, inputs, weather.past(starts)) * scale
+        return weather.climatology[weather.future(starts)] + anomalies
+
+    validation = weather.starts["validation"]
+    errors = weather.truth[weather.future(validation)] - degrees(validation)
+    band = np.quantile(errors, BAND, axis=0)  # (2, horizon), degC: by lead time
+    training.save_checkpoint(
+        run.folder / "best.pt", **run.config, epoch=run.best["epoch"],
+        weights=run.model.state_dict(), band=band.tolist(),
+    )  # fmt: skip
+    forecasts, entries = {}, {}
+    for part in PARTS:
+        starts = weather.starts[part]
+        forecasts[part] = {"model": degrees(starts), **baseline_forecasts(weather, starts, linear)}
+        entries[part] = test_errors(weather.truth[weather.future(starts)], forecasts[part], band)
+    split = {part: len(weather.starts[part]) for part in ("train", "validation")}
+    split["test"] = len(weather.starts["daily_origins"])
+    metrics = run.write_metrics(name, data, split, entries)
+    write_predictions(run.folder / "predictions.csv", weather, forecasts["segments"]["model"], band)
+    stamp = " (bundled sample)" if data["source"] == "sample" else ""
+    print_errors(entries, NAMES[name], f"{NAMES[name]}, test, epoch {run.best['epoch']}{stamp}")
+    draw(run, weather, forecasts, band, NAMES[name], stamp)
+    print(f"results in {run.folder}: open forecasts.png and lead_time.png; forecast with\n"
+          f'  python temp_forecast.py --checkpoint "{run.folder / "best.pt"}" --predict recent.csv')  # fmt: skip
+    return metrics
+
+
+def test_errors(truth, forecasts, band):
+    """The entry of one part in metrics.json: errors, coverage of the band, baselines."""
+    model = forecasts["model"]
+    inside = (truth >= model + band[0]) & (truth <= model + band[1])
+    return {
+        "windows": len(truth), "mean_error": mean_error(truth, model),
+        "median_error": median_error(truth, model), "rmse": rmse(truth, model),
+        "coverage_80": float(inside.mean()),
+        "baselines": {
+            name: {"mean_error": mean_error(truth, values), "median_error": median_error(truth, values)}
+            for name, values in forecasts.items() if name != "model"
+        },
+    }  # fmt: skip
+
+
+def print_errors(entries, name, title):
+    """Print errors and skill. Skill: the share of a baseline's mean error that the model removes."""
     print(f"\n{title}: absolute errors, degC")
-    for part, entry in test.items():
-        print(
-            f"{part.replace('_', ' ')}, {entry['windows']} windows{'mean':>18}{'median':>10}{'skill of the model':>22}"
-        )
-        print(f"  {name:32}{entry['mean_error']:10.3f}{entry['median_error']:10.3f}")
-        for baseline, scores in entry["baselines"].items():
-            skill = 1 - entry["mean_error"] / scores["mean_error"]
-            print(f"  {BASELINES[baseline]:32}{scores['mean_error']:10.3f}{scores['median_error']:10.3f}{skill:22.1%}")
+    for part, entry in entries.items():
+        head = f"{PARTS[part]}, {entry['windows']} windows"
+        print(f"{head:34}{'mean':>8}{'median':>10}{'skill of the model':>22}")
+        print(f"  {name:32}{entry['mean_error']:8.3f}{entry['median_error']:10.3f}")
+        for baseline, errors in entry["baselines"].items():
+            mean = errors["mean_error"]
+            skill = f"{1 - entry['mean_error'] / mean:.1%}" if mean else "-"
+            label = baseline.replace("_", " ")
+            print(f"  {label:32}{mean:8.3f}{errors['median_error']:10.3f}{skill:>22}")
+        print(f"  the 80 % band holds {entry['coverage_80']:.1%} of the true values")
+    print(flush=True)
 
 
-def write_predictions(path, weather, forecasts):
-    """Each forecast step of the test segments with its time stamp, hours ahead, truth and forecast."""
-    truth = truth_of(weather, "segments")
-    hours = 24 // weather.steps_a_day if weather.steps_a_day <= 24 else 24 / weather.steps_a_day
+def write_predictions(path, weather, forecasts, band):
+    """Write each forecast step of the test segments: stamp, hours ahead, truth, forecast, band."""
     rows = []
-    for segment, start in enumerate(weather.starts["segments"].tolist(), 1):
-        stamps = weather.index[start + weather.known : start + weather.known + weather.ahead].strftime(STAMP)
-        for step, stamp in enumerate(stamps):
-            values = f"{truth[segment - 1, step]:.3f}", f"{forecasts[segment - 1, step]:.3f}"
-            rows.append((segment, stamp, round((step + 1) * hours, 2), *map(float, values)))
-    training.write_csv(path, ["segment", "Date Time", "hours ahead", "T (degC)", "forecast (degC)"], rows)
+    for segment, steps in enumerate(weather.future(weather.starts["segments"])):
+        values = np.stack([weather.truth[steps], forecasts[segment], *(forecasts[segment] + band)])
+        for ahead, (stamp, row) in enumerate(zip(weather.index[steps], values.T, strict=True), 1):
+            hours = round(ahead * 24 / weather.steps_a_day, 2)
+            rows.append([segment + 1, stamp.strftime(STAMP), hours, *row.round(3).tolist()])
+    header = ["segment", "Date Time", "hours ahead", TARGET, "forecast (degC)", "low 10 % (degC)"]
+    training.write_csv(path, [*header, "high 90 % (degC)"], rows)
 
 
-def draw_forecasts(path, weather, forecasts, title):
-    """Six test segments, from the best to the worst forecast: what was known, what came, what was forecast."""
-    truth = truth_of(weather, "segments")
-    order = np.argsort(np.abs(truth - forecasts).mean(axis=1))
-    line = ".-" if weather.steps_a_day == 1 else "-"
-    figure = Figure(figsize=(10.2, 5.4), layout="constrained")
-    figure.suptitle(f"{title}: test segments from the best to the worst")
-    chosen = order[np.linspace(0, len(order) - 1, 6).round().astype(int)]
-    for axes, segment in zip(figure.subplots(2, 3).flat, chosen, strict=True):
-        start = int(weather.starts["segments"][segment])
-        index = weather.index[start : start + weather.known + weather.ahead]
-        axes.plot(index, weather.truth[start : start + len(index)], f"C0{line}", linewidth=1, label="truth")
-        axes.plot(index[weather.known :], forecasts[segment], f"C1{line}", linewidth=1, label="forecast")
-        axes.axvline(index[weather.known], color="grey", linewidth=0.8, linestyle="--")
-        error = mean_error(truth[segment], forecasts[segment])
-        axes.set_title(f"{index[weather.known]:%Y-%m-%d}: mean error {error:.2f} degC", fontsize=9)
-        axes.set_ylabel("T, degC", fontsize=8)
-        axes.tick_params(labelsize=7)
-        axes.set_xticks(index[:: weather.steps_a_day], [f"{day:%d.%m.}" for day in index[:: weather.steps_a_day]])
-        axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    training.save_figure(path, figure)
+def draw(run, weather, forecasts, band, name, stamp):
+    """Draw the curves, six test segments from the best to the worst, and the error by lead time."""
+    plots.draw_curves(run.folder / "curves.png", {f"{name}: mean error without dropout, degC{stamp}": {
+        part: [record[f"{part}_mean_error"] for record in run.history]
+        for part in ("train", "validation")
+    }})  # fmt: skip
+    starts, model = weather.starts["segments"], forecasts["segments"]["model"]
+    errors = np.abs(weather.truth[weather.future(starts)] - model).mean(axis=1)
+    windows = []
+    for rank in np.linspace(0, len(starts) - 1, 6).round().astype(int):
+        i = np.argsort(errors)[rank]
+        steps = slice(starts[i], starts[i] + weather.known + weather.horizon)
+        windows.append({
+            "index": weather.index[steps], "truth": weather.truth[steps], "forecast": model[i],
+            "low": model[i] + band[0], "high": model[i] + band[1], "error": errors[i],
+            "steps_a_day": weather.steps_a_day,
+        })  # fmt: skip
+    title = f"{name}{stamp}: test segments from the best to the worst"
+    plots.draw_forecasts(run.folder / "forecasts.png", windows, title)
+    truth = weather.truth[weather.future(weather.starts["daily_origins"])]
+    hours = (np.arange(weather.horizon) + 1) * 24 / weather.steps_a_day
+    by_name = {
+        name if key == "model" else key.replace("_", " "): np.abs(truth - values)
+        for key, values in forecasts["daily_origins"].items()
+    }
+    plots.draw_lead_time(run.folder / "lead_time.png", hours, by_name, f"error by lead time{stamp}")
 
 
-def draw_lead_time(path, weather, forecasts, name, stamp):
-    """Mean and median error by hours ahead, of the model and the baselines, over all daily origins."""
-    truth = truth_of(weather, "daily_origins")
-    hours = (np.arange(weather.ahead) + 1) * 24 / weather.steps_a_day
-    figure = Figure(figsize=(10.4, 3.8), layout="constrained")
-    for axes, (label, measure) in zip(figure.subplots(1, 2), (("mean", np.mean), ("median", np.median)), strict=True):
-        for key, values in forecasts.items():
-            style = "k.-" if key == "model" else ".-"
-            axes.plot(
-                hours, measure(np.abs(truth - values), axis=0), style, markersize=4, label=BASELINES.get(key, name)
-            )
-        axes.set(title=f"{label} error by lead time{stamp}", xlabel="hours ahead", ylabel="degC", ylim=(0, None))
-        axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    training.save_figure(path, figure)
+def compare(args, results, histories):
+    """The four structures side by side with the baselines: temp_all/."""
+    folder, metrics = args.out / "temp_all", next(iter(results.values()))
+    pairs = [(part, key) for part in PARTS for key in ("mean_error", "median_error")]
+    rows = []
+    for name, own in results.items():
+        errors = [f"{own['test'][part][key]:.3f}" for part, key in pairs]
+        size, seconds = f"{own['parameters']:,}", f"{own['seconds_per_epoch']:.1f}"
+        rows.append([NAMES[name], *errors, size, seconds, own["best_epoch"]])
+    for name in metrics["test"]["segments"]["baselines"]:
+        errors = [f"{metrics['test'][part]['baselines'][name][key]:.3f}" for part, key in pairs]
+        rows.append([name.replace("_", " "), *errors, "", "", ""])
+    header = ["model", "segments: mean", "median", "daily origins: mean", "median", "parameters",
+              "s/epoch", "best epoch"]  # fmt: skip
+    stamp = "Bundled sample, made-up data. " if metrics["data"]["source"] == "sample" else ""
+    content = {NAMES[name]: own for name, own in results.items()}
+    note = f"{stamp}Absolute errors on the test years, degC."
+    training.write_comparison(folder, header, rows, content, note)
+    plots.draw_curves(folder / "comparison.png", {
+        title: {NAMES[name]: [record[key] for record in history] for name, history in histories.items()}
+        for title, key in (("training mean error, degC", "train_mean_error"),
+                           ("validation mean error, degC", "validation_mean_error"))
+    })  # fmt: skip
+    print(f"comparison in {folder}: open comparison.png")
 
 
-def compare(args, results):
-    """The four structures side by side: temp_all/comparison.*"""
-    folder = args.out / "temp_all"
-    lines = ["| model | segments: mean | median | daily origins: mean | median | parameters | s/epoch | best epoch |"]
-    lines.append("|" + " --- |" * 8)
-    for name, (metrics, _) in results.items():
-        cells = [
-            f"{metrics['test'][part][key]:.3f}" for part in metrics["test"] for key in ("mean_error", "median_error")
-        ]
-        cells += [f"{metrics['parameters']:,}", f"{metrics['seconds_per_epoch']:.1f}", str(metrics["best_epoch"])]
-        label = f"{NAMES[name]}{', on top of the linear model' if args.residual else ''}"
-        lines.append("| " + " | ".join([label, *cells]) + " |")
-    for name, label in BASELINES.items():
-        test = metrics["test"].values()
-        cells = [f"{entry['baselines'][name][key]:.3f}" for entry in test for key in ("mean_error", "median_error")]
-        lines.append("| " + " | ".join([label, *cells, "", "", ""]) + " |")
-    training.write_comparison(
-        folder,
-        "Absolute errors on the test years, degC.",
-        "\n".join(lines),
-        {NAMES[name]: metrics for name, (metrics, _) in results.items()},
-        {NAMES[name]: history for name, (_, history) in results.items()},
-        {"training loss, degC": {"train_loss": "-"}, "validation mean error, degC": {"validation_mean_error": "-"}},
-        metrics["data"]["source"] == "sample",
-    )
+# --- prediction ---------------------------------------------------------------------------------
 
 
 def predict(args, device):
-    """The next days, as CSV, after the last days of a file."""
-    schema = {"options": dict, "climatology": list, "scale": list, "weights": dict}
-    saved = training.load_checkpoint(args.checkpoint, "temp", schema)
-    options = saved["options"]
-    model = training.load_model(lambda saved: build_model(saved["options"]), saved, args.checkpoint).to(device)
+    """Print the days after the last ones of a file as CSV, with the 80 % band."""
+    saved = training.load_checkpoint(args.checkpoint, "temp")
+    with training.refuse_damaged(args.checkpoint):
+        options = saved["options"]
+        freq, known, horizon = options["freq"], options["known"], options["horizon"]
+        steps_a_day, columns = STEPS_A_DAY[freq], options["columns"]
+        coefficients, scale, band = (np.array(saved[key], float) for key in ("climatology", "scale", "band"))
+        if not all(np.isfinite(numbers).all() for numbers in (coefficients, scale, band)):
+            raise ValueError("numbers that are not finite")
+        model = build_model(options)
+        training.load_weights(model.to(device), saved["weights"])
     frame, data = datasets.load(datasets.CLIMATE, args.predict)
-    with training.quiet():
-        series = read_series(frame, data["path"], options["freq"])
-    datasets.check_columns(series, options["columns"], args.predict)
-    known, ahead, steps_a_day = options["known"], options["ahead"], STEPS_A_DAY[options["freq"]]
-    recent = series[options["columns"]].iloc[-known:]
+    stdout, sys.stdout = sys.stdout, sys.stderr  # only the forecast goes to stdout
+    series = read_series(frame, data["path"], freq)
+    sys.stdout = stdout
+    datasets.check_columns(series, columns, args.predict)
+    recent = series[columns].iloc[-known:]
     if len(recent) < known or recent.isna().to_numpy().any():
-        raise UserError(f"{args.predict} does not end with {known // steps_a_day} whole days; give it more rows")
-    coming = pd.date_range(recent.index[-1], periods=ahead + 1, freq=options["freq"])[1:]
-    coefficients = np.array(saved["climatology"])
+        days = known // steps_a_day
+        raise UserError(f"{args.predict} does not end with {days} whole days; give it more rows")
+    coming = pd.date_range(recent.index[-1], periods=horizon + 1, freq=freq)[1:]
     anomalies = recent.to_numpy(float) - harmonics(recent.index, steps_a_day) @ coefficients
-    inputs = torch.from_numpy(network_inputs(anomalies, np.array(saved["scale"]), recent.index)).to(device)
-    guess = forecast(model, inputs, torch.zeros(1, dtype=torch.long), known)[0].numpy() * saved["scale"][0]
+    inputs = torch.from_numpy(network_inputs(anomalies, scale, recent.index)).to(device)
+    guess = forecast(model, inputs, np.arange(known)[None])[0] * scale[0]
     values = guess + (harmonics(coming, steps_a_day) @ coefficients)[:, 0]
-    print(f"Date Time,{TARGET}")
-    for stamp, value in zip(coming.strftime(STAMP), values, strict=True):
-        print(f"{stamp},{value:.2f}")
+    print(f"the last known step begins at {recent.index[-1]:{STAMP}}; the forecast goes from "
+          f"{coming[0]:{STAMP}} to {coming[-1]:{STAMP}}", file=sys.stderr)  # fmt: skip
+    print(f"Date Time,{TARGET},low 10 % (degC),high 90 % (degC)")
+    for stamp, value, low, high in zip(coming, values, *(values + band), strict=True):
+        print(f"{stamp:{STAMP}},{value:.2f},{low:.2f},{high:.2f}")
 
 
 def main():
@@ -333,16 +524,24 @@ def main():
     args = parse_args()
     device = training.pick_device(args.device)
     if args.predict is not None:
-        predict(args, device)
-        return
+        return predict(args, device)
+    training.join_processes(device)
+    lock = training.hold_folder(args.out)
     frame, data = datasets.load(datasets.CLIMATE, args.data)
-    weather = prepare(args, frame, data["path"])
-    linear = fit_linear(weather)
-    names = list(CELLS) if args.model == "all" else [args.model]
-    results = {name: train(args, name, weather, data, linear, device) for name in names}
+    weather = prepare(args, read_series(frame, data["path"], args.freq), data["path"])
+    W_xq, linear = fit_linear_models(weather)
     if args.model == "all":
-        compare(args, results)
+        training.clear_folder(args.out / "temp_all")
+    results, histories = {}, {}
+    for name in NAMES if args.model == "all" else [args.model]:
+        run = train(args, name, weather, data, W_xq, device)
+        if training.is_first():
+            results[name] = test(run, name, weather, data, linear)
+            histories[name] = run.history
+    if args.model == "all" and training.is_first():
+        compare(args, results, histories)
+    del lock
 
 
 if __name__ == "__main__":
-    training.run(main)
+    training.run_script(main)

@@ -1,332 +1,475 @@
-"""Ten-way classification of Chinese shopping reviews with an RNN, a GRU, an LSTM or a Bi-LSTM written by hand.
+"""Ten-way classification of Chinese shopping reviews with a recurrent network written by hand.
 
-    python text_classify.py --model rnn --epochs 20       train one structure, test it, write runs/text_rnn/
-    python text_classify.py --model all                   train the four, compare them, write runs/text_all/
+    python text_classify.py --model rnn --epochs 20     train one structure, test it
+    python text_classify.py --model all                 train all four and compare them
     python text_classify.py --checkpoint runs/text_lstm/best.pt --predict "屏幕清晰，运行流畅"
 
-Rows i = 1..N of the file: i % 5 == 4 validates, i % 5 == 0 tests, the rest trains. The vocabulary comes from the
-training rows; the epoch with the best validation macro-F1 is tested, once.
+Rows i = 1..N of the file: i % 5 == 4 validates, i % 5 == 0 tests, the rest trains. The vocabulary
+comes from the training rows; the epoch with the best validation macro-F1 is tested, once.
 """
 
+import contextlib
+import hashlib
+import logging
 import sys
-from itertools import islice
-from types import SimpleNamespace
+from collections import Counter
+from dataclasses import dataclass
+from itertools import chain, repeat
+from operator import add
 
+import jieba
 import numpy as np
 import torch
-from matplotlib import font_manager
-from matplotlib.figure import Figure
 from torch.nn import functional as F
 
 import datasets
+import plots
 import training
 from datasets import UserError
 from metrics import accuracy, confusion_matrix, precision_recall_f1
-from rnn_models import POOLS, TextClassifier
-from tokens import Corpus, build_vocabularies, cached_words, cut_words, encode, vocab_sizes
-from training import CELLS, NAMES, number
+from rnn_models import CELLS, POOLS, TextClassifier, init_state, reverse
+from training import NAMES, Run, number
 
-ENGLISH = {
-    "书籍": "books", "平板": "tablets", "手机": "phones", "水果": "fruit", "洗发水": "shampoo",
-    "热水器": "heaters", "蒙牛": "milk", "衣服": "clothes", "计算机": "computers", "酒店": "hotels",
+PAD, UNK = 0, 1
+PLACES = ["<pad>", "alone", "first", "inside", "last"]  # of a character in its word
+PAIR_MIN_FREQ = 20  # pairs of characters are many; rarer ones are <unk>
+CURVE_ROWS = 5000  # training rows on which the curves' training loss is measured
+REACH = 40  # tokens over which the gradient's reach is measured
+SCORES = ["accuracy", "precision_macro", "recall_macro", "f1_macro"]
+# Chosen on validation rows; the second is the plain setting of the lab.
+DEFAULTS = {
+    "model": "lstm", "epochs": 20, "patience": 3, "batch_size": 64, "hidden": 128, "dropout": 0.4,
+    "lr": 4e-3, "descent": 6, "weight_decay": 0.2, "average": 0.998,
 }  # fmt: skip
-CJK_FONTS = [
-    "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC", "Source Han Sans CN", "SimHei",
-    "Microsoft YaHei", "PingFang SC", "Hiragino Sans GB", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei",
-]  # fmt: skip
-TEST_METRICS = ["accuracy", "precision_macro", "recall_macro", "f1_macro"]
+PRESETS = {"lab": {
+    "tokens": "word", "pool": "last", "epochs": 20, "patience": 0, "lr": 1e-3, "descent": 0,
+    "weight_decay": 1e-4, "average": 0.0, "label_smoothing": 0.0, "word_dropout": 0.0,
+}}  # fmt: skip
 
 
 def parse_args(arguments=None):
     """The command line as a namespace."""
-    parser = training.Parser(description=__doc__, formatter_class=training.argparse.RawDescriptionHelpFormatter)
-    training.add_training_options(
-        parser,
-        model="lstm",
-        epochs=6,
-        batch_size=64,
-        hidden=128,
-        dropout=0.3,
-        lr=4e-3,
-        schedule="linear",
-        average=0.998,
-    )
+    parser = training.make_parser(__doc__, **DEFAULTS)
     add = parser.add_argument
-    add(
-        "--tokens",
-        choices=["word", "char", "both"],
-        default="both",
-        help="jieba's words; characters; or characters with word, place in it, next one (default: %(default)s)",
-    )
-    add("--embedding", type=number(int, 1), default=128, help="size of a token's embedding (default: %(default)s)")
-    add("--pool", choices=POOLS, default="max", help="how a text's states become one (default: %(default)s)")
-    add("--min-freq", type=number(int, 1), default=2, help="rarer tokens of the training rows are <unk> (default: 2)")
-    add("--max-tokens", type=number(int, 1), default=256, help="longer texts are cut there (default: %(default)s)")
-    add(
-        "--label-smoothing",
-        type=number(float, 0, 1, below=True),
-        default=0.1,
-        help="share of the target that is spread over all classes (default: %(default)s)",
-    )
-    add(
-        "--word-dropout",
-        type=number(float, 0, 1, below=True),
-        default=0.2,
-        help="share of the words that are <unk> in training; characters stay (default: %(default)s)",
-    )
-    add("--text-column", default="review", help="column of the texts (default: %(default)s)")
-    add("--label-column", default="cat", help="column of the classes (default: %(default)s)")
-    add("--predict", metavar="TEXT", help="with --checkpoint: classify this text, or with - each line of the input")
-    args = parser.parse_args(arguments)
-    if (args.predict is None) != (args.checkpoint is None):
-        raise UserError("--predict and --checkpoint belong together; give both, or none to train")
-    return args
+    share = number(float, 0, 0.999)
+    add("--preset", choices=PRESETS, help="lab: words, last state, lr 1e-3, no smoothing, no "
+        "averaging, ...; options given beside it win")  # fmt: skip
+    add("--tokens", choices=["both", "word", "char"], default="both", help="jieba's words; "
+        "characters; or characters with their word, place in it, and next one")  # fmt: skip
+    add("--embedding", type=number(int, 1, 8192), default=128, help="size D of an embedding")
+    add("--pool", choices=POOLS, default="max", help="how a text's states become one")
+    add("--min-freq", type=number(int, 1, 10**9), default=2, help="rarer tokens are <unk>")
+    add("--max-tokens", type=number(int, 1, 10_000), default=256, help="longer texts are cut")
+    add("--label-smoothing", type=share, default=0.1, help="target's share spread over all classes")
+    add("--word-dropout", type=share, default=0.2, help="share of words that are <unk> in training")
+    add("--text-column", default="review", help="column of the texts")
+    add("--label-column", default="cat", help="column of the classes")
+    add("--predict", metavar="TEXT", help="classify this text, or with - each line of the input")
+    return training.parse(parser, arguments, PRESETS)
+
+
+# --- reviews ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Reviews:
+    """The corpus: texts, their labels as numbers of classes, and the rows of each part."""
+
+    texts: list[str]
+    labels: np.ndarray  # (N,)
+    classes: list[str]
+    split: dict[str, torch.Tensor]  # "train", "validation", "test": row numbers from 0 on
+    data: dict  # of metrics.json
+
+
+def read_reviews(args):
+    """Read the corpus and split it. Raises UserError for unfit data."""
+    frame, data = datasets.load(datasets.REVIEWS, args.data)
+    path = data["path"]
+    datasets.check_columns(frame, (args.text_column, args.label_column), path)
+    texts = [text.strip().lstrip("\ufeff") for text in frame[args.text_column].astype(str)]
+    names = np.array([name.strip() for name in frame[args.label_column].astype(str)], dtype=object)
+    usable = np.array([bool(t) and bool(n) for t, n in zip(texts, names, strict=True)], dtype=bool)
+    i = np.arange(1, len(texts) + 1)
+    parts = {"train": ~np.isin(i % 5, (0, 4)), "validation": i % 5 == 4, "test": i % 5 == 0}
+    split = {part: torch.from_numpy(np.flatnonzero(usable & own)) for part, own in parts.items()}
+    for part, rows in split.items():
+        if len(rows) < 5:
+            raise UserError(f"{path} has {len(rows)} usable {part} rows, at least 5 are needed")
+    classes = sorted(set(names[usable]))
+    if len(classes) < 2:
+        raise UserError(f"{path} has one class only; is --label-column {args.label_column} right?")
+    absent = sorted(set(classes) - set(names[split["train"].numpy()]))
+    if absent:
+        raise UserError(f"class {absent[0]!r} of {path} has no training row; leave it out")
+    sizes = ", ".join(f"{len(rows)} {part}" for part, rows in split.items())
+    empty = int((~usable).sum())
+    print(f"{path}: {len(texts)} rows ({sizes}; {empty} empty left out), {len(classes)} classes")
+    labels = np.searchsorted(classes, np.where(usable, names, classes[0]))
+    return Reviews(texts, labels, classes, split, data)
+
+
+def cut_words(texts):
+    """Each text as the list of its words, by jieba in precise mode."""
+    jieba.setLogLevel(logging.WARNING)
+    return [jieba.lcut(text) for text in texts]
+
+
+def cached_words(texts, sha256):
+    """`cut_words` of a file's texts, kept in data/ because cutting takes half a minute."""
+    key = hashlib.sha256(f"{sha256} {jieba.__version__} {len(''.join(texts))}".encode()).hexdigest()
+    path = datasets.DATA_DIR / f"words_{key[:16]}.txt"
+    with contextlib.suppress(OSError, ValueError):  # absent, or damaged
+        with open(path, encoding="utf-8", newline="") as stream:
+            cuts = [text.split("\x1f") for text in stream.read().split("\x1e")]
+        if ["".join(cut) for cut in cuts] == texts:
+            return [list(filter(None, cut)) for cut in cuts]
+    print("cutting words ...", flush=True)
+    cuts = cut_words(texts)
+    with contextlib.suppress(UserError, ValueError):  # it is only a cache
+        with datasets.whole_file(path, "w", encoding="utf-8", newline="") as stream:
+            stream.write("\x1e".join(map("\x1f".join, cuts)))
+    return cuts
+
+
+def pairs(cut):
+    """Each character of a text cut into words with the next one; the last one with a line feed."""
+    text = "".join(cut)
+    return map(add, text, text[1:] + "\n")
+
+
+def build_vocabularies(cuts, kind, min_freq):
+    """The tokens of each aspect, most frequent first behind <pad> (0) and <unk> (1).
+
+    cuts: the training texts' words; kind: "word", "char" or "both": {"char", "word", "pair",
+    "place"}. Tokens that occur less than min_freq times (pairs: PAIR_MIN_FREQ) are left out.
+    """
+
+    def frequent(tokens, least):
+        return [token for token, count in Counter(tokens).most_common() if count >= least]
+
+    vocabularies = {}
+    if kind in ("char", "both"):
+        characters = chain.from_iterable(chain.from_iterable(cuts))
+        vocabularies["char"] = ["<pad>", "<unk>", *frequent(characters, min_freq)]
+    if kind in ("word", "both"):
+        words = chain.from_iterable(cuts)
+        vocabularies["word"] = ["<pad>", "<unk>", *frequent(words, min_freq)]
+    if kind == "both":
+        least = max(min_freq, PAIR_MIN_FREQ)
+        two = frequent(chain.from_iterable(map(pairs, cuts)), least)
+        vocabularies |= {"pair": ["<pad>", "<unk>", *two], "place": PLACES}
+    return vocabularies
+
+
+def encode(cuts, vocabularies):
+    """Texts cut into words as numbers: ids (all tokens, aspects) int32, and counts (texts,).
+
+    A token is a word if "word" is the only vocabulary, otherwise a character with the aspects of
+    the vocabularies. A text without words becomes one <unk>.
+    """
+    cuts = [cut or ["\0"] for cut in cuts]
+    words = list(chain.from_iterable(cuts))
+
+    def ids(tokens, name):
+        lookup = {token: i for i, token in enumerate(vocabularies[name])}
+        return np.fromiter(map(lookup.get, tokens, repeat(UNK)), np.int32)
+
+    if list(vocabularies) == ["word"]:
+        return ids(words, "word")[:, None], np.fromiter(map(len, cuts), np.int64)
+    lengths = np.fromiter(map(len, words), np.int64)
+    counts = np.fromiter((sum(map(len, cut)) for cut in cuts), np.int64)
+    aspects = [ids(chain.from_iterable(words), "char")]
+    if "word" in vocabularies:
+        aspects.append(np.repeat(ids(words, "word"), lengths))
+        aspects.append(ids(chain.from_iterable(map(pairs, cuts)), "pair"))
+        places = {n: [1] if n == 1 else [2, *[3] * (n - 2), 4] for n in set(lengths.tolist())}
+        aspects.append(np.fromiter(chain.from_iterable(map(places.get, lengths.tolist())), np.int32))
+    return np.stack(aspects, axis=1), counts
+
+
+class Corpus:
+    """All tokens of all texts on the device, and the batches made of them there."""
+
+    def __init__(self, ids, counts, labels, max_tokens, device):
+        """ids (tokens, aspects), counts (texts,) as `encode` returns them; labels (texts,)."""
+        self.device = device
+        self.lengths = torch.from_numpy(np.minimum(counts, max_tokens))  # on the CPU, for planning
+        self.ids = torch.from_numpy(ids).to(device)
+        self.firsts = torch.from_numpy(np.cumsum(counts) - counts).to(device)
+        self.labels = torch.from_numpy(labels).to(device)
+
+    def by_length(self, rows, batch_size):
+        """Rows (n,) as batches of texts of similar length, so that little padding is computed."""
+        return rows[torch.argsort(self.lengths[rows], stable=True)].split(batch_size)
+
+    def shuffled(self, rows, batch_size):
+        """The same with chance: sorted within pools of fifty batches, batches in random order."""
+        pools = rows[torch.randperm(len(rows))].split(50 * batch_size)
+        batches = [batch for pool in pools for batch in self.by_length(pool, batch_size)]
+        return [batches[i] for i in torch.randperm(len(batches)).tolist()]
+
+    def batch(self, rows):
+        """tokens (T, B, aspects), padded with 0 to the longest, lengths (B,) and labels (B,)."""
+        lengths = self.lengths[rows]
+        steps = torch.arange(int(lengths.max()), device=self.device)[:, None]   # (T, 1)
+        rows, lengths = rows.to(self.device), lengths.to(self.device)
+        padding = steps >= lengths                                              # (T, B)
+        index = torch.where(padding, 0, self.firsts[rows] + steps)              # (T, B)
+        tokens = self.ids[index].masked_fill(padding[:, :, None], PAD)
+        return tokens, lengths, self.labels[rows]
+
+
+# --- training and testing -----------------------------------------------------------------------
+
+
+def build_model(options, vocabularies, num_classes):
+    """The classifier of a checkpoint's options."""
+    return TextClassifier(
+        training.CELLS[options["model"]], [len(tokens) for tokens in vocabularies.values()],
+        options["embedding"], options["hidden"], num_classes,
+        options["pool"], options["dropout"], options["loops"],
+    )  # fmt: skip
 
 
 @torch.no_grad()
 def probabilities(model, corpus, rows, batch_size=128):
     """Class probabilities (n, K) of the texts in rows (n,), in their order, on the CPU."""
     model.eval()
-    batches = corpus.plan(rows, batch_size, shuffle=False)
-    parts = [model(*corpus.batch(batch)[:2]).softmax(dim=1) for batch in batches]
-    result = torch.empty(len(corpus.lengths), parts[0].shape[1])
-    result[torch.cat(batches)] = torch.cat(parts).cpu()
-    return result[rows]
+    scores, order = [], corpus.by_length(rows, batch_size)
+    for batch in order:
+        tokens, lengths, _ = corpus.batch(batch)
+        scores.append(model(tokens, lengths).softmax(dim=1).cpu())  # (B, K)
+    by_row = torch.empty(len(corpus.lengths), scores[0].shape[1])
+    by_row[torch.cat(order)] = torch.cat(scores)
+    return by_row[rows]
 
 
-# --- from the file to the results -------------------------------------------------------------------------------------
+def score(model, corpus, reviews, rows):
+    """Cross-entropy without label smoothing or dropout, accuracy and macro-F1 on some rows."""
+    p, truth = probabilities(model, corpus, rows), torch.from_numpy(reviews.labels)[rows]
+    matrix = confusion_matrix(truth.numpy(), p.argmax(1).numpy(), len(reviews.classes))
+    loss = F.nll_loss(p.clamp_min(1e-12).log(), truth).item()
+    return loss, accuracy(matrix), precision_recall_f1(matrix, "macro")[2]
 
 
-def load_corpus(args):
-    """The texts' words, their labels, the split, and what is known of the file. UserError for unfit data."""
-    frame, data = datasets.load(datasets.REVIEWS, args.data)
-    datasets.check_columns(frame, (args.text_column, args.label_column), data["path"])
-    texts = frame[args.text_column].str.strip().str.lstrip("\ufeff").tolist()
-    names = frame[args.label_column].str.strip().to_numpy()
-    number_of_row = np.arange(1, len(texts) + 1)
-    fold = np.select([number_of_row % 5 == 4, number_of_row % 5 == 0], ["validation", "test"], "train")
-    usable = np.array([bool(text) and bool(name) for text, name in zip(texts, names, strict=True)], dtype=bool)
-    split = {
-        part: torch.from_numpy(np.flatnonzero(usable & (fold == part))) for part in ("train", "validation", "test")
-    }
-    for part, rows in split.items():
-        if len(rows) < 5:
-            raise UserError(
-                f"{data['path']} has {len(rows)} usable {part} rows, at least 5 are needed; name a larger file"
-            )
-    classes = sorted(set(names[usable]))
-    absent = sorted(set(classes) - set(names[split["train"].numpy()]))
-    if len(classes) < 2:
-        raise UserError(
-            f"{data['path']} has one class only, {classes[0]!r}; is --label-column {args.label_column} right?"
-        )
-    if absent:
-        raise UserError(f"class {absent[0]!r} of {data['path']} is in no training row; leave it out or add rows")
-    sizes = ", ".join(f"{len(rows)} {part}" for part, rows in split.items())
-    print(f"{data['path']}: {len(texts)} rows ({sizes}; {int((~usable).sum())} empty left out), {len(classes)} classes")
-    labels = np.searchsorted(classes, np.where(usable, names, classes[0]))
-    return SimpleNamespace(
-        texts=texts, cuts=cached_words(texts, data["sha256"]), labels=labels, classes=classes, split=split, data=data
-    )
-
-
-def build_model(options, vocabularies, num_classes):
-    """The classifier that a dict of options describes."""
-    return TextClassifier(
-        CELLS[options["model"]],
-        vocab_sizes(vocabularies, options["tokens"]),
-        options["embedding"],
-        options["hidden"],
-        num_classes,
-        options["pool"],
-        options["dropout"],
-    )
-
-
-def train(args, model_name, reviews, corpus, vocabularies, device):
-    """Train one structure, test it, write its folder; returns (metrics.json's dict, history, test probabilities)."""
-    folder = args.out / f"text_{model_name}"
-    lock = training.lock_folder(folder)
-    options = {name: getattr(args, name) for name in ("tokens", "embedding", "hidden", "pool", "dropout", "max_tokens")}
-    fixed = {"task": "text", "options": {"model": model_name, **options}, "vocabularies": vocabularies,
-             "labels": reviews.classes, "source": reviews.data["source"]}  # fmt: skip
-    training.seed_all(args.seed)
-    model = build_model(fixed["options"], vocabularies, len(reviews.classes)).to(device)
-    parameters = sum(param.numel() for param in model.parameters())
-    print(f"\n{NAMES[model_name]}: {parameters:,} parameters, {device}", flush=True)
-
-    def loss_of(model, rows):
-        tokens, lengths, rows = corpus.batch(rows)
-        if "word" in vocabularies:
-            words = tokens[:, :, list(vocabularies).index("word")]  # a view: what is written there is read below
-            words.masked_fill_(torch.rand(words.shape, device=device) < args.word_dropout, 1)
-        loss = F.cross_entropy(model(tokens, lengths), corpus.labels[rows], label_smoothing=args.label_smoothing)
-        return loss, len(rows)
-
-    def batches():
-        model.train()
-        return corpus.plan(reviews.split["train"], args.batch_size, shuffle=True)
-
-    def validate(model):
-        rows = reviews.split["validation"]
-        scores, truth = probabilities(model, corpus, rows), torch.from_numpy(reviews.labels)[rows]
-        matrix = confusion_matrix(truth.numpy(), scores.argmax(1).numpy(), len(reviews.classes))
-        loss = F.nll_loss(scores.clamp_min(1e-12).log(), truth).item()
-        return {"validation_loss": loss, "validation_accuracy": accuracy(matrix),
-                "validation_f1_macro": precision_recall_f1(matrix, "macro")[2]}  # fmt: skip
-
-    history, best_epoch = training.fit(
-        model, args, folder, fixed, batches, loss_of, validate, "validation_f1_macro", max, "texts"
-    )
-    scores = probabilities(model, corpus, reviews.split["test"])
-    matrix, test = test_metrics(reviews, scores)
-    metrics = {
-        "task": "text", "model": model_name, "seed": args.seed, "argv": sys.argv[1:], "device": str(device),
-        "torch": torch.__version__, "parameters": parameters, "epochs": args.epochs, "best_epoch": best_epoch,
-        "seconds_per_epoch": float(np.mean([record["seconds"] for record in history])), "data": reviews.data,
-        "split": {part: len(rows) for part, rows in reviews.split.items()}, "test": test,
+def train(args, name, reviews, corpus, vocabularies):
+    """Train one structure; returns its run, or None in all but the first of several processes."""
+    options = {key: getattr(args, key) for key in
+               ("tokens", "embedding", "hidden", "pool", "dropout", "loops", "max_tokens")}  # fmt: skip
+    config = {
+        "task": "text", "options": {"model": name, **options}, "vocabularies": vocabularies,
+        "labels": reviews.classes, "sha256": reviews.data["sha256"],
     }  # fmt: skip
-    training.write_json(folder / "metrics.json", metrics)
-    write_predictions(folder / "predictions.csv", reviews, scores)
+    training.seed_all(args.seed)
+    model = build_model(config["options"], vocabularies, len(reviews.classes)).to(corpus.device)
+    run = Run(args, args.out / f"text_{name}", config, model)
+    some_rows = reviews.split["train"][torch.randperm(len(reviews.split["train"]))[:CURVE_ROWS]]
+    word_column = list(vocabularies).index("word") if "word" in vocabularies else None
+    print(f"\n{NAMES[name]}: {run.parameters:,} parameters, {corpus.device}", flush=True)
+
+    for _ in run.epochs():
+        model.train()
+        for rows in run.progress(corpus.shuffled(reviews.split["train"], args.batch_size)):
+            tokens, lengths, labels = corpus.batch(rows)
+            if word_column is not None:
+                words = tokens[:, :, word_column]  # a view of the tokens
+                words[torch.rand(words.shape, device=words.device) < args.word_dropout] = UNK
+            logits = model(tokens, lengths)  # (B, K)
+            run.step(F.cross_entropy(logits, labels, label_smoothing=args.label_smoothing))
+        train_loss, train_accuracy, _ = score(run.averaged, corpus, reviews, some_rows)
+        loss, share, f1 = score(run.averaged, corpus, reviews, reviews.split["validation"])
+        run.finish_epoch(
+            {"train_loss": train_loss, "validation_loss": loss, "train_accuracy": train_accuracy,
+             "validation_accuracy": share, "validation_f1_macro": f1},
+            monitor="validation_f1_macro", mode="max",
+        )  # fmt: skip
+    run.load_best()
+    return run
+
+
+def test(run, name, reviews, corpus):
+    """Test a trained structure and write its results; returns its row of the comparison."""
+    p = probabilities(run.model, corpus, reviews.split["test"])
+    matrix, scores = test_scores(reviews, p)
+    split = {part: len(rows) for part, rows in reviews.split.items()}
+    metrics = run.write_metrics(name, reviews.data, split, scores)
+    write_predictions(run.folder / "predictions.csv", reviews, p)
     stamp = " (bundled sample)" if reviews.data["source"] == "sample" else ""
-    training.draw_curves(
-        folder / "curves.png",
-        {NAMES[model_name]: history},
-        {
-            f"{NAMES[model_name]}: loss{stamp}": {"train_loss": "o-", "validation_loss": "s-"},
-            f"{NAMES[model_name]}: validation{stamp}": {"validation_accuracy": "o-", "validation_f1_macro": "s-"},
-        },
+    print_scores(scores, f"{NAMES[name]}, test rows, epoch {run.best['epoch']}{stamp}")
+    columns = {key: [record[key] for record in run.history] for key in run.history[0]}
+    plots.draw_curves(run.folder / "curves.png", {
+        f"{NAMES[name]}: {title}{stamp}": {
+            "training": columns[f"train_{key}"], "validation": columns[f"validation_{key}"]
+        }
+        for title, key in (("cross-entropy, no dropout", "loss"), ("accuracy", "accuracy"))
+    })  # fmt: skip
+    plots.draw_confusion(
+        run.folder / "confusion.png", matrix, reviews.classes, f"{NAMES[name]}{stamp}"
     )
-    draw_confusion(folder / "confusion.png", matrix, reviews.classes, NAMES[model_name] + stamp)
-    print_report(test, f"{NAMES[model_name]}, test rows, epoch {best_epoch}{stamp}")
-    print(f"written to {folder}: metrics.json history.csv predictions.csv curves.png confusion.png best.pt last.pt")
-    lock.close()
-    return metrics, history, scores
+    print(f"results in {run.folder}: open curves.png and confusion.png; classify a text with\n"
+          f'  python text_classify.py --checkpoint "{run.folder / "best.pt"}" --predict "..."')  # fmt: skip
+    return {"metrics": metrics, "history": run.history, "probabilities": p}
 
 
-def test_metrics(reviews, scores):
-    """The confusion matrix of test probabilities (n, K) and the "test" part of metrics.json."""
+def test_scores(reviews, p):
+    """The confusion matrix (K, K) of test probabilities (n, K), and "test" of metrics.json."""
     truth = reviews.labels[reviews.split["test"].numpy()]
-    matrix = confusion_matrix(truth, scores.argmax(1).numpy(), len(reviews.classes))
-    test = {"accuracy": accuracy(matrix)}
+    matrix = confusion_matrix(truth, p.argmax(1).numpy(), len(reviews.classes))
+    scores = {"accuracy": accuracy(matrix)}
+    names = ("precision", "recall", "f1")
     for average in ("macro", "weighted"):
         values = precision_recall_f1(matrix, average)
-        test |= {f"{name}_{average}": value for name, value in zip(("precision", "recall", "f1"), values, strict=True)}
-    columns = zip(reviews.classes, *precision_recall_f1(matrix), matrix.sum(axis=1), strict=True)
-    test["per_class"] = {
-        label: {"precision": float(p), "recall": float(r), "f1": float(f1), "support": int(support)}
-        for label, p, r, f1, support in columns
+        scores |= {f"{name}_{average}": x for name, x in zip(names, values, strict=True)}
+    table = np.stack(precision_recall_f1(matrix), axis=1).tolist()  # (K, 3)
+    scores["per_class"] = {
+        label: dict(zip(names, row, strict=True)) | {"support": int(support)}
+        for label, row, support in zip(reviews.classes, table, matrix.sum(axis=1), strict=True)
     }
-    return matrix, test
+    return matrix, scores
 
 
-def print_report(test, title):
-    """The table of a test on the terminal: each class with its support, the averages, the accuracy."""
+def print_scores(scores, title):
+    """Print precision, recall, F1 and support of each class and of their averages."""
     print(f"\n{title}\n{'':12}{'precision':>10}{'recall':>10}{'F1':>10}{'support':>10}")
-
-    def line(name, values, support):
-        width = 12 - sum(ord(character) > 0x2E80 for character in name)  # a Chinese character is two columns wide
-        print(f"{name:{width}}" + "".join(f"{value:10.4f}" for value in values) + f"{support:10}")
-
-    for label, scores in test["per_class"].items():
-        line(label, (scores["precision"], scores["recall"], scores["f1"]), scores["support"])
-    total = sum(scores["support"] for scores in test["per_class"].values())
+    total = sum(entry["support"] for entry in scores["per_class"].values())
+    rows = {label: list(entry.values()) for label, entry in scores["per_class"].items()}
     for average in ("macro", "weighted"):
-        line(average, [test[f"{name}_{average}"] for name in ("precision", "recall", "f1")], total)
-    print(f"{'accuracy':12}{test['accuracy']:30.4f}{total:10}", flush=True)
+        values = [scores[f"{name}_{average}"] for name in ("precision", "recall", "f1")]
+        rows[average] = [*values, total]
+    for label, (*values, support) in rows.items():
+        width = 12 - sum(character > "\u2e80" for character in label)  # Chinese takes two columns
+        print(f"{label:{width}}" + "".join(f"{value:10.4f}" for value in values) + f"{support:10}")
+    print(f"{'accuracy':12}{scores['accuracy']:30.4f}{total:10}\n", flush=True)
 
 
-def write_predictions(path, reviews, scores):
-    """Each test row with its number in the file, truth, prediction, its probability, and the text."""
-    best = scores.max(dim=1)
-    rows = reviews.split["test"].tolist()
-    training.write_csv(
-        path,
-        ["row", "label", "predicted", "probability", "text"],
-        [
-            (row + 1, reviews.classes[reviews.labels[row]], reviews.classes[k], f"{p:.4f}", reviews.texts[row])
-            for row, k, p in zip(rows, best.indices.tolist(), best.values.tolist(), strict=True)
-        ],
-    )
+def write_predictions(path, reviews, p):
+    """Write each test row's number in the file, truth, prediction, its probability, and text."""
+    rows, best = reviews.split["test"].tolist(), p.max(dim=1)
+    header = ["row", "label", "predicted", "probability", "text"]
+    training.write_csv(path, header, (
+        (row + 1, reviews.classes[reviews.labels[row]], reviews.classes[k], f"{share:.4f}", reviews.texts[row])
+        for row, k, share in zip(rows, best.indices.tolist(), best.values.tolist(), strict=True)
+    ))  # fmt: skip
 
 
-def draw_confusion(path, matrix, classes, title):
-    """The confusion matrix, coloured by the share of each true class. Names are never drawn as empty boxes."""
-    installed = {font.name for font in font_manager.fontManager.ttflist}
-    font = next((name for name in CJK_FONTS if name in installed), None)
-    if font is None and not all(name.isascii() for name in classes):
-        classes = [ENGLISH.get(name, name if name.isascii() else f"class {i}") for i, name in enumerate(classes, 1)]
-    size = max(5.5, 0.62 * len(classes))
-    figure = Figure(figsize=(size + 1, size), layout="constrained")
-    axes = figure.subplots()
-    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    figure.colorbar(axes.imshow(shares, cmap="Blues", vmin=0, vmax=1), label="share of the true class", shrink=0.8)
-    for (i, j), count in np.ndenumerate(matrix):
-        if count:
-            axes.text(
-                j, i, count, ha="center", va="center", fontsize=7, color="white" if shares[i, j] > 0.5 else "black"
-            )
-    ticks = range(len(classes))
-    axes.set_xticks(ticks, classes, rotation=45, ha="right", fontfamily=font)
-    axes.set_yticks(ticks, classes, fontfamily=font)
-    axes.set(xlabel="predicted", ylabel="truth", title=title)
-    training.save_figure(path, figure)
+# --- comparison ---------------------------------------------------------------------------------
 
 
-def compare(args, reviews, results):
-    """The four structures side by side, and the mean of their probabilities as a fifth: text_all/comparison.*"""
+def gradient_reach(model, corpus, rows):
+    """How far the loss's gradient reaches back: the mean of ||dL/dH_t||, REACH distances from
+    the texts' ends, divided by the mean at the end, over texts of at least REACH tokens in rows.
+
+    H_t: the forward direction's states. Calling the cell for one step at a time makes each H_t a
+    tensor of its own, whose gradient holds what comes from all later steps.
+    """
+    model.eval()
+    rows = rows[corpus.lengths[rows] >= REACH][:512]
+    cell, recurrence = model.recurrence.cell, model.recurrence
+    one_direction = "lstm" if cell == "bi_lstm" else cell
+    h, total = recurrence.num_hiddens, torch.zeros(REACH)
+    identity = [torch.eye(h, device=corpus.device), torch.zeros(h, device=corpus.device)]
+    params, *params_b = [[*part, *identity] for part in recurrence.directions()]
+    for batch in corpus.by_length(rows, 64):
+        tokens, lengths, labels = corpus.batch(batch)
+        inputs = model.embed(tokens).detach()                               # (T, B, D)
+        state = init_state(one_direction, len(batch), h, corpus.device)
+        H = []
+        for X in inputs:
+            _, state = CELLS[one_direction](X[None], state, params)
+            H.append(state[0])
+            state[0].retain_grad()
+        states = torch.stack(H)                                             # (T, B, h)
+        if cell == "bi_lstm":
+            state = init_state("lstm", len(batch), h, corpus.device)
+            H_b, _ = CELLS["lstm"](reverse(inputs, lengths), state, params_b[0])
+            states = torch.cat([states, reverse(H_b, lengths)], dim=2)
+        F.cross_entropy(model.classify(states, lengths), labels, reduction="sum").backward()
+        norms = torch.stack([H_t.grad.norm(dim=1) for H_t in H])            # (T, B)
+        back = lengths - 1 - torch.arange(REACH, device=corpus.device)[:, None]  # (REACH, B)
+        total += norms.gather(0, back).sum(dim=1).cpu()
+        model.zero_grad()
+    return (total / total[0]).tolist()
+
+
+def compare(args, reviews, results, reach):
+    """The four structures side by side, and the mean of their probabilities: text_all/."""
     folder = args.out / "text_all"
     rows = []
-    for name, (metrics, history, _) in results.items():
-        best = max(record["validation_f1_macro"] for record in history)
-        reached = next(record["epoch"] for record in history if record["validation_f1_macro"] >= 0.95 * best)
-        rows.append({"model": NAMES[name], **{key: metrics["test"][key] for key in TEST_METRICS},
-                     "parameters": metrics["parameters"], "seconds_per_epoch": metrics["seconds_per_epoch"],
-                     "best_epoch": metrics["best_epoch"], "epochs_to_95_percent": reached})  # fmt: skip
-    _, test = test_metrics(reviews, torch.stack([scores for *_, scores in results.values()]).mean(dim=0))
-    rows.append({"model": "mean of the four", **{key: test[key] for key in TEST_METRICS},
-                 "parameters": sum(row["parameters"] for row in rows)})  # fmt: skip
+    for name, result in results.items():
+        metrics, f1 = result["metrics"], [r["validation_f1_macro"] for r in result["history"]]
+        to_95 = next(i for i, value in enumerate(f1, 1) if value >= 0.95 * max(f1))
+        rows.append({
+            "model": NAMES[name], **{key: metrics["test"][key] for key in SCORES},
+            **{key: metrics[key] for key in ("parameters", "seconds_per_epoch", "best_epoch")},
+            "epochs_to_95_percent": to_95,
+        })  # fmt: skip
+    mean = torch.stack([result["probabilities"] for result in results.values()]).mean(dim=0)
+    scores = test_scores(reviews, mean)[1]
+    parameters = sum(row["parameters"] for row in rows)
+    rows.append({"model": "mean of the four", **{key: scores[key] for key in SCORES}, "parameters": parameters})
     header = ["model", "accuracy", "precision", "recall", "F1", "parameters", "s/epoch", "best epoch", "epochs to 95 %"]
-    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
-    for row in rows:
-        cells = [f"{value:.4f}" for value in list(row.values())[1:5]] + [f"{row['parameters']:,}"]
-        cells += (
-            [f"{row['seconds_per_epoch']:.1f}", str(row["best_epoch"]), str(row["epochs_to_95_percent"])]
-            if len(row) > 6
-            else ["", "", ""]
-        )
-        lines.append("| " + " | ".join([row["model"], *cells]) + " |")
-    training.write_comparison(
-        folder,
-        "Test rows; precision, recall and F1 are macro averages.",
-        "\n".join(lines),
-        {"argv": sys.argv[1:], "seed": args.seed, "data": reviews.data, "rows": rows},
-        {NAMES[name]: history for name, (_, history, _) in results.items()},
-        {"training loss": {"train_loss": "o-"}, "validation macro-F1": {"validation_f1_macro": "o-"}},
-        reviews.data["source"] == "sample",
-    )
+    formats = {"parameters": "{:,}", "seconds_per_epoch": "{:.1f}"} | dict.fromkeys(SCORES, "{:.4f}")
+    table = [[formats.get(key, "{}").format(row.get(key, "")) if key in row else "" for key in rows[0]] for row in rows]
+    stamp = "Bundled sample, made-up data. " if reviews.data["source"] == "sample" else ""
+    reach = {NAMES[name]: values for name, values in reach.items()}
+    content = {"argv": sys.argv[1:], "seed": args.seed, "data": reviews.data, "rows": rows, "gradient_reach": reach}
+    note = f"{stamp}Test rows; precision, recall and F1 are macro averages."
+    training.write_comparison(folder, header, table, content, note)
+    histories = {NAMES[name]: result["history"] for name, result in results.items()}
+    plots.draw_curves(folder / "comparison.png", {
+        title: {name: [record[key] for record in history] for name, history in histories.items()}
+        for title, key in (("validation cross-entropy", "validation_loss"), ("validation macro-F1", "validation_f1_macro"))
+    })  # fmt: skip
+    plots.draw_gradients(folder / "gradients.png", reach, f"--pool {args.pool}, validation texts")
+    print(f"comparison in {folder}: open comparison.png and gradients.png")
+
+
+# --- prediction ---------------------------------------------------------------------------------
+
+
+def waiting_lines(stream):
+    """Yield lists of lines of a binary stream: as many as are waiting, so nobody waits for more."""
+    rest = b""
+    while chunk := stream.read1(1 << 16):
+        *lines, rest = (rest + chunk).split(b"\n")
+        if lines:
+            yield lines
+    if rest:
+        yield [rest]
+
+
+def decode(line):
+    """A line of input as text: UTF-8 with or without BOM, otherwise GB18030."""
+    with contextlib.suppress(UnicodeDecodeError):
+        return line.decode("utf-8-sig")
+    return line.decode("gb18030", "replace")
+
+
+def on_one_line(text):
+    """A text without tabs, line feeds and what cannot be printed."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def predict(args, device):
-    """Label, probability and text of one text, or of each line of the standard input, as they come."""
-    schema = {"options": dict, "vocabularies": dict, "labels": list, "weights": dict}
-    saved = training.load_checkpoint(args.checkpoint, "text", schema)
-    model = training.load_model(
-        lambda saved: build_model(saved["options"], saved["vocabularies"], len(saved["labels"])), saved, args.checkpoint
-    ).to(device)
-    if args.predict == "-":
-        sys.stdin.reconfigure(encoding="utf-8", errors="replace")
-    lines = (line.rstrip("\r\n") for line in sys.stdin) if args.predict == "-" else iter([args.predict])
-    lines = (line.encode("utf-8", "replace").decode("utf-8") for line in lines)  # lone surrogates cannot be printed
-    while texts := list(islice(lines, 256)):
-        ids, counts = encode(
-            cut_words(text.strip() for text in texts), saved["options"]["tokens"], saved["vocabularies"]
-        )
-        corpus = Corpus(ids, counts, None, saved["options"]["max_tokens"], device)
-        best = probabilities(model, corpus, torch.arange(len(texts))).max(dim=1)
-        for text, probability, k in zip(texts, best.values.tolist(), best.indices.tolist(), strict=True):
-            printable = "".join(character if character.isprintable() else " " for character in text)
-            print(saved["labels"][k], f"{probability:.4f}", " ".join(printable.split()), sep="\t")
+    """Print label, probability and text of one text, or of each line of the standard input."""
+    saved = training.load_checkpoint(args.checkpoint, "text")
+    with training.refuse_damaged(args.checkpoint):
+        vocabularies, labels = saved["vocabularies"], [on_one_line(label) for label in saved["labels"]]
+        model = build_model(saved["options"], vocabularies, len(labels))
+        training.load_weights(model.to(device), saved["weights"])
+        max_tokens = number(int, 1, 10_000)(saved["options"]["max_tokens"])
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(encoding="utf-8", errors="replace")
+    given = [args.predict.encode("utf-8", "surrogateescape")]
+    for lines in waiting_lines(sys.stdin.buffer) if args.predict == "-" else [given]:
+        for part in range(0, len(lines), 256):
+            texts = [decode(line).strip() for line in lines[part : part + 256]]
+            ids, counts = encode(cut_words(texts), vocabularies)
+            corpus = Corpus(ids, counts, np.zeros(len(texts), np.int64), max_tokens, device)
+            best = probabilities(model, corpus, torch.arange(len(texts))).max(dim=1)
+            for text, share, k in zip(texts, best.values.tolist(), best.indices.tolist(), strict=True):
+                print(labels[k], f"{share:.4f}", on_one_line(text), sep="\t")
         sys.stdout.flush()
 
 
@@ -335,20 +478,28 @@ def main():
     args = parse_args()
     device = training.pick_device(args.device)
     if args.predict is not None:
-        predict(args, device)
-        return
-    reviews = load_corpus(args)
-    vocabularies = build_vocabularies(
-        [reviews.cuts[i] for i in reviews.split["train"].tolist()], args.tokens, args.min_freq
-    )
-    ids, counts = encode(reviews.cuts, args.tokens, vocabularies)
-    corpus = Corpus(ids, counts, reviews.labels, args.max_tokens, device)
-    del reviews.cuts  # millions of strings that nothing needs any more
-    names = list(CELLS) if args.model == "all" else [args.model]
-    results = {name: train(args, name, reviews, corpus, vocabularies, device) for name in names}
+        return predict(args, device)
+    training.join_processes(device)
+    lock = training.hold_folder(args.out)
+    reviews = read_reviews(args)
+    cuts = cached_words(reviews.texts, reviews.data["sha256"])
+    train_cuts = [cuts[i] for i in reviews.split["train"].tolist()]
+    vocabularies = build_vocabularies(train_cuts, args.tokens, args.min_freq)
+    corpus = Corpus(*encode(cuts, vocabularies), reviews.labels, args.max_tokens, device)
+    del cuts, train_cuts  # millions of strings
     if args.model == "all":
-        compare(args, reviews, results)
+        training.clear_folder(args.out / "text_all")
+    results, reach = {}, {}
+    for name in NAMES if args.model == "all" else [args.model]:
+        run = train(args, name, reviews, corpus, vocabularies)
+        if training.is_first():
+            results[name] = test(run, name, reviews, corpus)
+            if args.model == "all":
+                reach[name] = gradient_reach(run.model, corpus, reviews.split["validation"])
+    if args.model == "all" and training.is_first():
+        compare(args, reviews, results, reach)
+    del lock
 
 
 if __name__ == "__main__":
-    training.run(main)
+    training.run_script(main)

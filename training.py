@@ -1,4 +1,4 @@
-"""What both scripts share: options, device, seed, the epoch loop with its checkpoints, curves, and the way out."""
+"""What both scripts share: options, device, a run's folder with its checkpoints, and the way out."""
 
 import argparse
 import contextlib
@@ -7,99 +7,132 @@ import io
 import json
 import math
 import os
+import shutil
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
+from torch import distributed
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from datasets import UserError, whole_file
-from rnn_models import grad_clipping
+import bptt
+from datasets import UserError, remove_stale, whole_file
+from rnn_models import LOOPS, grad_clipping
 
-try:
-    import fcntl
-except ImportError:  # Windows: two runs into one folder are not told apart there
-    fcntl = None
-
-FORMAT = 2  # of the checkpoints; raise it when what they hold changes
-CELLS = {"rnn": "rnn", "gru": "gru", "lstm": "lstm", "bilstm": "bi_lstm"}  # --model, and its name in rnn_models
+FORMAT = 3  # of the checkpoints; raise it when what they hold changes
+CELLS = {"rnn": "rnn", "gru": "gru", "lstm": "lstm", "bilstm": "bi_lstm"}  # --model: its cell
 NAMES = {"rnn": "RNN", "gru": "GRU", "lstm": "LSTM", "bilstm": "Bi-LSTM"}
+AVERAGE_EVERY = 5  # steps; the moving average then costs next to nothing
+LOWEST_RATE = 0.05  # of --lr, after the descent
 
 
-# --- options ----------------------------------------------------------------------------------------------------------
+# --- options ------------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are UserErrors: one line, without the usage text."""
 
     def error(self, message):
+        if "argument --predict: expected one argument" in message:
+            message += "; write --predict=TEXT for a text that starts with -"
         raise UserError(f"{message}; see --help")
 
 
-def number(kind, low, high=math.inf, below=False):
-    """A converter for argparse: text to a finite `kind` (int, float) in low..high, `high` excluded with `below`."""
+def number(kind, low, high):
+    """A converter for argparse: text to a `kind` (int or float) between low and high."""
 
     def convert(text):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (low <= value <= high) or math.isinf(value) or (below and value == high):
-            limit = f"from {low:g} on" if math.isinf(high) else f"from {low:g} {'to below' if below else 'to'} {high:g}"
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not {'a whole number' if kind is int else 'a number'} {limit}"
-            )
+        if not low <= value <= high:
+            noun = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {noun} from {low:g} to {high:g}")
         return value
 
     return convert
 
 
-def add_training_options(parser, **defaults):
-    """The options that both scripts have in common."""
-    positive = sys.float_info.min
+def make_parser(description, **defaults):
+    """A parser with the options that both scripts share; defaults: those of this script."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=description, formatter_class=formatter, allow_abbrev=False)
     add = parser.add_argument
+    share = number(float, 0, 0.999)
     add("--model", choices=[*CELLS, "all"], help="the recurrence, or all four one after another")
-    add("--epochs", type=number(int, 1), help="passes over the training data")
-    add("--batch-size", type=number(int, 1), help="sequences in a step of the optimiser")
-    add("--hidden", type=number(int, 1), help="hidden units of a direction")
-    add("--dropout", type=number(float, 0, 1, below=True), help="share of inputs and pooled states set to zero")
-    add("--lr", type=number(float, positive), help="learning rate of AdamW")
-    add("--weight-decay", type=number(float, 0), help="weight decay of AdamW")
-    add(
-        "--schedule", choices=["linear", "constant"], help="rate: up over a tenth of the steps, then down to 0; or flat"
-    )
-    add("--clip", type=number(float, positive), help="largest norm of the gradient")
-    add("--average", type=number(float, 0, 1, below=True), help="decay of the weights' moving average; 0 for none")
+    add("--loops", choices=LOOPS, help="gradients by hand (fast), or the lecture's loops (plain)")
+    add("--epochs", type=number(int, 1, 10_000), help="passes over the training data at most")
+    add("--patience", type=number(int, 0, 10_000), help="stop after so many epochs without a better "
+        "validation score; 0: never")  # fmt: skip
+    add("--batch-size", type=number(int, 1, 100_000), help="sequences in one step")
+    add("--hidden", type=number(int, 1, 8192), help="hidden units h of one direction")
+    add("--dropout", type=share, help="share of inputs and of pooled states set to zero")
+    add("--lr", type=number(float, 1e-12, 1e6), help="highest learning rate of AdamW")
+    add("--descent", type=number(int, 0, 10_000), help="epochs in which the rate falls to a "
+        "twentieth, after a rise over half an epoch; 0: constant rate")  # fmt: skip
+    add("--weight-decay", type=number(float, 0, 1000), help="weight decay of AdamW")
+    add("--clip", type=number(float, 1e-12, 1e12), help="largest norm of the gradient")
+    add("--average", type=share, help="decay of the weights' moving average; 0: none")
     add("--seed", type=number(int, 0, 2**31), help="of initialisation, shuffling and dropout")
-    add("--device", help="auto, cpu, cuda or cuda:N; auto takes the GPU where there is one")
-    add("--data", type=Path, help="CSV, or a zip that holds one; without it: RNN_DATA_DIR, data/, download, sample")
+    add("--device", help="auto, cpu, cuda or cuda:N; auto takes a GPU that torch can use")
+    add("--data", type=Path, help="CSV, or a zip that holds one; without it: RNN_DATA_DIR, data/, "
+        "a download, the bundled sample")  # fmt: skip
     add("--out", type=Path, help="folder of the results")
-    add("--resume", action="store_true", help="go on after the last finished epoch of the same run")
-    add("--checkpoint", type=Path, help="a best.pt of an earlier run, for --predict")
-    parser.set_defaults(
-        **{"device": "auto", "out": Path("runs"), "seed": 0, "weight_decay": 1e-4, "clip": 1.0} | defaults
-    )
-    for action in parser._actions:  # every help text ends with its default
-        if action.help and parser.get_default(action.dest) not in (None, False, argparse.SUPPRESS):
+    add("--resume", action="store_true", help="go on after the last finished epoch of this run")
+    add("--checkpoint", type=Path, help="the best.pt of an earlier run, for --predict")
+    shared = {"loops": "fast", "device": "auto", "out": Path("runs"), "seed": 0, "clip": 1.0}
+    parser.set_defaults(**shared | defaults)
+    return parser
+
+
+def parse(parser, arguments=None, presets=None):
+    """Parse the command line into a namespace; give every option's help its default.
+
+    presets: {name: {option: default}} of the option --preset; options beside it win.
+    Raises UserError for arguments that do not go together.
+    """
+    for action in parser._actions:
+        if action.help and action.default not in (None, False, argparse.SUPPRESS):
             action.help += " (default: %(default)s)"
+    args = parser.parse_args(arguments)
+    if presets and args.preset:
+        parser.set_defaults(**presets[args.preset])
+        args = parser.parse_args(arguments)
+    if (args.predict is None) != (args.checkpoint is None):
+        raise UserError("--predict and --checkpoint belong together; give both, or none to train")
+    for name, value in vars(args).items():
+        if args.predict is not None and name not in ("predict", "checkpoint", "device", "out"):
+            if value != parser.get_default(name):
+                option = name.replace("_", "-")
+                raise UserError(f"--{option} has no effect on --predict; leave it out")
+    return args
+
+
+# --- device and processes -----------------------------------------------------------------------
 
 
 def pick_device(name):
-    """The torch.device of "auto", "cpu", "cuda" or "cuda:N"; UserError where it is not there."""
+    """The torch.device of "auto", "cpu", "cuda" or "cuda:N"; UserError if it is not there."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if torch.cuda.is_available():
+            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if torch.version.cuda is None and shutil.which("nvidia-smi"):
+            print("This torch is built without CUDA, so the NVIDIA card is not used; for a build "
+                  "that uses it see https://pytorch.org/get-started/locally", file=sys.stderr)  # fmt: skip
+        return torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {name} is none of auto, cpu, cuda, cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"--device {name} is not there: this machine has {torch.cuda.device_count()} GPUs; use cpu or auto"
-        )
+        count = torch.cuda.device_count()
+        raise UserError(f"--device {name}: this machine has {count} GPUs; use cpu or auto")
     return device
 
 
@@ -111,68 +144,102 @@ def seed_all(*numbers):
     torch.manual_seed(mixed)
 
 
-def run(main):
-    """Call a script's main; turn what a user can cause into one line on stderr and the right exit status."""
+def join_processes(device):
+    """Under torchrun: join the other processes (NCCL on GPUs, gloo on CPUs); only the first prints."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not distributed.is_initialized():
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if not is_first():
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def is_first():
+    """Whether this process validates, writes and prints: the only one, or torchrun's first."""
+    return not distributed.is_initialized() or distributed.get_rank() == 0
+
+
+def run_script(main):
+    """Call a script's main; end with one line on stderr and status 2 for what a user can mend."""
+    bptt.tune_allocator()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a console that lacks a character shows a question mark
+        sys.stdout.reconfigure(errors="replace")  # a console that lacks a character shows "?"
+    status = 2
     try:
         main()
         sys.stdout.flush()
+        return
     except UserError as error:
-        sys.exit(_said(f"error: {error}", 2))
+        message = f"error: {error}"
     except KeyboardInterrupt:
-        sys.exit(_said("interrupted; the same command with --resume goes on after the last finished epoch", 130))
-    except torch.OutOfMemoryError:
-        sys.exit(_said("error: the GPU's memory is full; lower --batch-size or --hidden, or use --device cpu", 2))
+        message = "interrupted; the same command with --resume goes on after the last epoch"
+        status = 130
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if type(error) is RuntimeError and "can't allocate memory" not in str(error):
+            raise
+        message = "error: the memory is full; lower --batch-size or --hidden"
     except BrokenPipeError:  # the reader, `head` for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return
+    print(" ".join(message.split()), file=sys.stderr)
+    sys.exit(status)
 
 
-def quiet():
-    """A context in which what is printed goes to stderr: stdout then holds nothing but results."""
-    return contextlib.redirect_stdout(sys.stderr)
+# --- files --------------------------------------------------------------------------------------
+
+# What a run or a comparison leaves in its folder.
+RESULTS = ["metrics.json", "history.csv", "predictions.csv", "best.pt", "last.pt", "comparison.md",
+           "comparison.json", "comparison.png", "gradients.png", "curves.png", "confusion.png",
+           "forecasts.png", "lead_time.png"]  # fmt: skip
 
 
-def _said(line, status):
-    print(line, file=sys.stderr)
-    return status
+def hold_folder(folder):
+    """Keep other runs out of a folder until the file returned is closed or this process ends.
 
-
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
-def lock_folder(folder):
-    """Make the folder this process's own until it ends; UserError if another process holds it. Returns the lock."""
+    Raises UserError if another process holds it or it cannot be written.
+    """
+    if not is_first():
+        return None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "a+")  # noqa: SIM115 - held open until the process ends, however it ends
+        lock = open(folder / ".lock", "ab")  # noqa: SIM115 - held open on purpose
     except OSError as error:
-        raise UserError(f"cannot write into {folder}: {error.strerror}; name another folder with --out") from error
-    if fcntl is not None:
-        try:
+        raise UserError(f"cannot write into {folder}: {error.strerror}; name another --out") from error
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.seek(0)
-            holder = lock.read().strip() or "unknown"
-            raise UserError(f"{folder} is in use by process {holder}; wait for it, or name another --out") from None
-    lock.truncate(0)
-    lock.write(str(os.getpid()))
-    lock.flush()
+    except OSError:
+        lock.close()
+        raise UserError(f"another run writes into {folder}; wait for it, or name another --out") from None
     return lock
 
 
+def clear_folder(folder):
+    """Remove the results of an earlier run, so that old and new ones never stand side by side."""
+    for name in RESULTS:
+        try:
+            (folder / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot replace {folder / name}: {error.strerror}; close it") from error
+
+
 def write_json(path, content):
-    """Write a JSON file whole."""
-    with whole_file(path, "w", encoding="utf-8") as stream:
+    """Write a JSON file whole. Surrogates, from paths that are no UTF-8, become JSON escapes."""
+    with whole_file(path, "w", encoding="utf-8", errors="backslashreplace") as stream:
         json.dump(content, stream, ensure_ascii=False, indent=2, allow_nan=False)
         stream.write("\n")
 
 
 def write_csv(path, header, rows):
-    """Write a CSV file whole. Texts that a spreadsheet would run as formulas get an apostrophe in front."""
+    """Write a CSV file whole. Texts that a spreadsheet would run as formulas get an apostrophe."""
 
     def safe(cell):
-        return "'" + cell if isinstance(cell, str) and cell.lstrip().startswith(("=", "+", "-", "@")) else cell
+        formula = isinstance(cell, str) and cell.lstrip().startswith(("=", "+", "-", "@"))
+        return "'" + cell if formula else cell
 
     with whole_file(path, "w", encoding="utf-8", newline="", errors="replace") as stream:
         writer = csv.writer(stream)
@@ -180,190 +247,236 @@ def write_csv(path, header, rows):
         writer.writerows([safe(cell) for cell in row] for row in rows)
 
 
-def save_figure(path, figure):
-    """Write a figure as a PNG file, whole."""
-    with whole_file(path) as stream:
-        figure.savefig(stream, format="png", dpi=88)
+def markdown_table(header, rows):
+    """A Markdown table of a list of names and lists of cells."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def save_checkpoint(path, **content):
     """Write a checkpoint whole: plain values and tensors only, so that `weights_only` loads it."""
-    packed = io.BytesIO()  # torch.save reports a full disk in its own words; a plain write raises OSError
+    packed = io.BytesIO()  # torch.save reports a full disk in its own words; a write raises OSError
     torch.save({"format": FORMAT, **content}, packed)
     with whole_file(path) as stream:
         stream.write(packed.getbuffer())
 
 
-def load_checkpoint(path, task, schema):
-    """The dict in a checkpoint of this task, checked against `schema` (key: type). Code in it is never run.
+def load_checkpoint(path, task):
+    """The dict in a checkpoint of this task ("text" or "temp"). Code in the file is never run.
 
-    Raises UserError for a file that is missing, broken, holds anything but plain values and tensors, belongs to the
-    other task or another version of this project, or lacks a part.
+    Raises UserError for a file that is missing, damaged, foreign or of another version.
     """
+    if not path.is_file():
+        raise UserError(f"{path} is no file; name a best.pt that this script wrote")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}; name a best.pt with --checkpoint") from error
-    except Exception as error:  # torch.load raises whatever the broken bytes lead it to
-        raise UserError(f"{path} is not a checkpoint of this project, or damaged; train again to make one") from error
-    if not isinstance(content, dict) or content.get("task") not in ("text", "temp"):
-        raise UserError(f"{path} is not a checkpoint of this project; name a best.pt that it wrote")
-    if content["task"] != task:
-        raise UserError(f"{path} belongs to the other script; name a best.pt of this one")
+        damaged = zipfile.ZipFile(path).testzip()  # compares every part with its check sum
+        content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged bytes raise whatever they lead to
+        raise UserError(f"{path} is no checkpoint of this project, or damaged; train again") from error
+    if not isinstance(content, dict) or content.get("task") != task:
+        raise UserError(f"{path} is damaged or no best.pt of this script; name another, or train again")
     if content.get("format") != FORMAT:
-        raise UserError(f"{path} has format {content.get('format')}, this program reads {FORMAT}; train again")
-    for key, kind in schema.items():
-        if not isinstance(content.get(key), kind):
-            raise UserError(f"{path} lacks its part {key!r}; train again to make a whole one")
+        raise UserError(f"{path} is of another version of this program; train again")
     return content
 
 
-def load_weights(model, weights, path):
-    """Put a checkpoint's weights into the model; UserError if their names or shapes are others."""
+@contextlib.contextmanager
+def refuse_damaged(path):
+    """Turn what goes wrong when a checkpoint's content is used into one line for the user."""
     try:
-        model.load_state_dict(weights)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise UserError(f"the weights in {path} do not fit the options in it; train again") from error
-    return model
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} does not fit this program ({reason}); train again") from error
 
 
-def load_model(build, saved, path):
-    """The model that build(saved) makes of a checkpoint's content, with its weights; UserError if they do not fit."""
-    try:
-        model = build(saved)
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise UserError(f"the options in {path} describe no model of this program; train again") from error
-    return load_weights(model, saved["weights"], path)
+def load_weights(model, weights):
+    """Put a checkpoint's weights into the model; ValueError if one is not finite."""
+    model.load_state_dict(weights)
+    if not all(torch.isfinite(tensor).all() for tensor in model.state_dict().values()):
+        raise ValueError("weights that are not finite")
 
 
-# --- the epoch loop ---------------------------------------------------------------------------------------------------
+# --- training -----------------------------------------------------------------------------------
 
 
-def learning_rate(step, steps, peak, schedule):
-    """The rate of step 0..steps-1: `peak`, or with "linear" up to it over a tenth of the steps and down to 0."""
-    if schedule == "constant":
-        return peak
-    return peak * min((step + 1) / math.ceil(0.1 * steps), 1 - step / steps)
+class Run:
+    """One structure's training: optimiser, rate, moving average, history, checkpoints, resuming.
 
-
-def fit(model, args, folder, fixed, batches, loss_of, validate, monitor, best_of, unit, until=None):
-    """Train a model, epoch by epoch, and leave the weights of the best epoch in it and in `folder`/best.pt.
-
-    args: the options of `add_training_options`; fixed: what best.pt holds beside the weights; batches(): a list of
-    the batches of an epoch, shuffled by torch's global generator; loss_of(model, batch): (mean loss, its count);
-    validate(model): a dict of numbers, of which `monitor` decides: best_of is max or min; unit: what is counted;
-    until: the last epoch, args.epochs without it (the learning rate's schedule goes by args.epochs).
-    Every epoch seeds the generators from (seed, epoch): with last.pt that makes a resumed run the run left alone.
-    Returns (history, best_epoch): a list of dicts, one an epoch, and a number from 1 on. Raises UserError for a loss
-    that is not finite and for a run in `folder` that --resume cannot continue.
+    `averaged` is the model with the moving average of the weights: the one to validate and keep.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=True)
-    params = list(model.parameters())
-    averaged = [param.detach().clone() for param in params] if args.average else params
-    history, best = [], None
-    options = {key: str(value) for key, value in vars(args).items() if key not in ("resume", "out", "device")}
-    if args.resume and (folder / "last.pt").exists():
-        last = load_checkpoint(folder / "last.pt", fixed["task"], {"options": dict, "history": list, "optimizer": dict})
-        changed = [key for key in options if options[key] != last["options"].get(key)]
-        if changed or last["fixed"] != fixed:
-            name = f"--{changed[0].replace('_', '-')}" if changed else "data"
-            raise UserError(
-                f"--resume: {name} is not what the run in {folder} began with; use the same, or another --out"
-            )
-        load_weights(model, last["weights"], folder / "last.pt")
-        optimizer.load_state_dict(last["optimizer"])
-        averaged = [tensor.to(param.device) for tensor, param in zip(last["averaged"], params, strict=True)]
-        averaged = averaged if args.average else params
-        history, best = last["history"], last["best"]
 
-    for epoch in range(len(history) + 1, (until or args.epochs) + 1):
-        seed_all(args.seed, epoch)
-        start = time.perf_counter()
-        total, count = torch.zeros((), device=params[0].device), 0
-        todo = batches()
-        steps = args.epochs * len(todo)
-        bar = tqdm(todo, desc=f"epoch {epoch}/{until or args.epochs}", unit="step", disable=None)
-        for number_in_epoch, batch in enumerate(bar):
-            step = (epoch - 1) * len(todo) + number_in_epoch
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, args.lr, args.schedule)
-            loss, items = loss_of(model, batch)
-            optimizer.zero_grad()
-            loss.backward()
-            grad_clipping(params, args.clip)
-            optimizer.step()
-            if args.average:  # the plain mean at first: a fixed decay would remember the random start
-                torch._foreach_lerp_(averaged, [p.detach() for p in params], 1 - min(args.average, step / (step + 10)))
-            total += loss.detach() * items
-            count += items
-            # Asking for a number makes the CPU wait for a GPU: there only now and then.
-            if (total.device.type == "cpu" or number_in_epoch % 50 == 49) and not torch.isfinite(total):
-                kept = f"{folder / 'best.pt'} keeps epoch {best[0]}" if best else "no epoch was finished"
-                place = f"epoch {epoch}, step {number_in_epoch + 1}"
-                raise UserError(f"the loss is not finite in {place}; {kept}; try a lower --lr or --clip")
-        train_loss = total.item() / count
-        seconds = time.perf_counter() - start
-        trained = [param.detach().clone() for param in params]
-        _assign(params, averaged)  # what is validated and kept is the average
-        record = {"epoch": epoch, "train_loss": train_loss, **validate(model), "seconds": seconds}
-        if best is None or best_of(record[monitor], best[1]) != best[1]:
-            best = [epoch, record[monitor]]
-            save_checkpoint(folder / "best.pt", **fixed, epoch=epoch, weights=model.state_dict())
-        _assign(params, trained)
-        history.append(record)
-        save_checkpoint(
-            folder / "last.pt",
-            task=fixed["task"],
-            fixed=fixed,
-            options=options,
-            history=history,
-            best=best,
-            weights=model.state_dict(),
-            averaged=averaged if args.average else [],
-            optimizer=optimizer.state_dict(),
+    def __init__(self, args, folder, config, model):
+        """config: what best.pt holds beside the weights, "task" and "sha256" of the data among it.
+
+        Without --resume an earlier run's results are removed. Raises UserError if --resume finds a
+        run with other options or data.
+        """
+        self.args, self.folder, self.config, self.model = args, folder, config, model
+        self.params = list(model.parameters())
+        self.optimizer = torch.optim.AdamW(
+            self.params, args.lr, weight_decay=args.weight_decay, fused=True
         )
-        write_csv(folder / "history.csv", list(history[0]), [list(entry.values()) for entry in history])
-        numbers = "  ".join(f"{key} {value:.4f}" for key, value in record.items() if key not in ("epoch", "seconds"))
-        line = f"{numbers}  {seconds:.1f} s  {count / seconds:.0f} {unit}/s{'  *' if best[0] == epoch else ''}"
-        if bar.disable:
-            print(f"epoch {epoch}/{until or args.epochs}  {line}", flush=True)
-        else:
-            tqdm.write(line)
-    content = load_checkpoint(folder / "best.pt", fixed["task"], {"weights": dict})
-    load_weights(model, content["weights"], folder / "best.pt")
-    return history, best[0]
+        self.averaged = AveragedModel(model, multi_avg_fn=self._average)
+        self.parameters = sum(param.numel() for param in self.params)
+        self.history, self.best, self.steps = [], None, 0
+        skipped = ("resume", "out", "device", "data", "model")  # config holds the model's name
+        self.options = {k: str(v) for k, v in vars(args).items() if k not in skipped}
+        remove_stale(folder)
+        if args.resume and (folder / "last.pt").exists():
+            self._resume()
+        elif is_first():
+            clear_folder(folder)
+
+    @torch.no_grad()
+    def _average(self, averaged, current, count):
+        """Move the average towards the weights; at first it is nearly the plain mean of them."""
+        decay = min(self.args.average**AVERAGE_EVERY, float(count) / (float(count) + 2))
+        torch._foreach_lerp_(averaged, current, 1 - decay)
+
+    def _resume(self):
+        path = self.folder / "last.pt"
+        last = load_checkpoint(path, self.config["task"])
+        with refuse_damaged(path):
+            changed = [key for key in self.options if self.options[key] != last["options"].get(key)]
+            if changed or last["config"] != self.config:
+                what = f"--{changed[0].replace('_', '-')}" if changed else "the data"
+                raise UserError(
+                    f"--resume: the run in {self.folder} began with another value of {what}; "
+                    "use the same, or another --out"
+                )
+            load_weights(self.model, last["weights"])
+            self.averaged.load_state_dict(last["averaged"])
+            self.optimizer.load_state_dict(last["optimizer"])
+            self.history, self.best, self.steps = last["history"], last["best"], last["steps"]
+
+    def epochs(self):
+        """Yield the numbers of the epochs that are still to do, each with its own random numbers.
+
+        The generators are seeded from (seed, epoch), so a resumed run repeats the run left alone.
+        """
+        for epoch in range(len(self.history) + 1, self.args.epochs + 1):
+            waited = epoch - 1 - self.best["epoch"] if self.best else 0
+            if self.args.patience and waited >= self.args.patience:
+                print(f"stopped: no better validation score for {waited} epochs (--patience)")
+                return
+            self.epoch = epoch
+            seed_all(self.args.seed, epoch)
+            yield epoch
+
+    def progress(self, batches):
+        """Yield this process's share of a list of batches, under a progress bar."""
+        world = distributed.get_world_size() if distributed.is_initialized() else 1
+        if world > 1:  # each takes every world-th batch and draws other random numbers
+            batches = batches[distributed.get_rank() :: world][: len(batches) // world]
+            seed_all(self.args.seed, self.epoch, distributed.get_rank())
+        if not batches:
+            raise UserError("an epoch has no batch; lower --batch-size or the number of processes")
+        self.steps_in_epoch, self.step_in_epoch, start = len(batches), 0, time.perf_counter()
+        title = f"epoch {self.epoch}/{self.args.epochs}"
+        self.bar = tqdm(batches, title, unit="step", disable=None if is_first() else True, leave=False)
+        yield from self.bar
+        self.averaged.update_parameters(self.model)
+        self.seconds = time.perf_counter() - start
+
+    def rate(self):
+        """The learning rate of this step: up to --lr over half an epoch, then down to a twentieth."""
+        done = (self.epoch - 1) + (self.step_in_epoch + 1) / self.steps_in_epoch  # epochs
+        if not self.args.descent:
+            return self.args.lr
+        descent = min(self.args.epochs, self.args.descent)
+        return self.args.lr * min(done / 0.5, max(LOWEST_RATE, 1 - done / descent))
+
+    def step(self, loss):
+        """One step of the optimiser down the gradient of a batch's mean loss."""
+        value = loss.item()
+        if not math.isfinite(value):
+            raise UserError(
+                f"the loss is not finite in epoch {self.epoch}, step {self.step_in_epoch + 1}; "
+                "try a lower --lr or --clip"
+            )
+        rate = self.rate()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad()
+        loss.backward()
+        if distributed.is_initialized():  # the mean over all processes' batches
+            for param in self.params:
+                if param.grad is not None:
+                    distributed.all_reduce(param.grad)
+                    param.grad /= distributed.get_world_size()
+        grad_clipping(self.params, self.args.clip)
+        self.optimizer.step()
+        self.steps, self.step_in_epoch = self.steps + 1, self.step_in_epoch + 1
+        if self.steps % AVERAGE_EVERY == 0:
+            self.averaged.update_parameters(self.model)
+        self.bar.set_postfix(loss=f"{value:.3f}", rate=f"{rate:.1e}", refresh=False)
+
+    def finish_epoch(self, scores, monitor, mode):
+        """Record an epoch's scores, keep the model if it is the best yet, save, print a line.
+
+        scores: {name: number}; monitor: the name that decides; mode: "max" or "min".
+        Raises UserError if a score is not finite.
+        """
+        if distributed.is_initialized():
+            shared = [scores]
+            distributed.broadcast_object_list(shared)  # all decide by the first process's scores
+            scores = shared[0]
+        if not all(map(math.isfinite, scores.values())):
+            raise UserError(f"the scores of epoch {self.epoch} are not finite; try a lower --lr")
+        score = scores[monitor]
+        sign = 1 if mode == "max" else -1
+        self.history.append({"epoch": self.epoch, **scores, "seconds": self.seconds})
+        better = self.best is None or sign * score > sign * self.best["score"]
+        if better:
+            self.best = {"epoch": self.epoch, "score": score}
+        if not is_first():
+            return
+        if better:
+            weights = self.averaged.module.state_dict()
+            save_checkpoint(self.folder / "best.pt", **self.config, epoch=self.epoch, weights=weights)
+        save_checkpoint(
+            self.folder / "last.pt", task=self.config["task"], config=self.config,
+            options=self.options, history=self.history, best=self.best, steps=self.steps,
+            weights=self.model.state_dict(), averaged=self.averaged.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+        )  # fmt: skip
+        self.write_history()
+        numbers = "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in scores.items())
+        mark = "  *" if better else ""
+        print(f"epoch {self.epoch:2}  {numbers}  {self.seconds:.0f} s{mark}", flush=True)
+
+    def write_history(self):
+        """Write history.csv, a row an epoch."""
+        rows = [list(record.values()) for record in self.history]
+        write_csv(self.folder / "history.csv", list(self.history[0]), rows)
+
+    def load_best(self):
+        """Put the best epoch's weights into the model, and write history.csv once more."""
+        path = self.folder / "best.pt"
+        content = load_checkpoint(path, self.config["task"])
+        with refuse_damaged(path):
+            load_weights(self.model, content["weights"])
+        self.write_history()
+
+    def write_metrics(self, name, data, split, test):
+        """Write metrics.json; returns its content."""
+        metrics = {
+            "task": self.config["task"], "model": name, "seed": self.args.seed,
+            "argv": sys.argv[1:], "device": str(self.params[0].device), "torch": torch.__version__,
+            "parameters": self.parameters, "epochs": self.args.epochs,
+            "best_epoch": self.best["epoch"],
+            "seconds_per_epoch": sum(r["seconds"] for r in self.history) / len(self.history),
+            "data": data, "split": split, "test": test,
+        }  # fmt: skip
+        write_json(self.folder / "metrics.json", metrics)
+        return metrics
 
 
-@torch.no_grad()
-def _assign(params, values):
-    """Give the parameters these values; nothing to do where they are the parameters themselves."""
-    for param, value in zip(params, values, strict=True):
-        if param is not value:
-            param.copy_(value)
-
-
-def write_comparison(folder, note, table, content, histories, panels, sample):
-    """comparison.md, .json and .png of several structures: a note and a table; content; learning curves as below."""
-    stamp, mark = ("Bundled sample: made-up data.\n\n", " (bundled sample)") if sample else ("", "")
+def write_comparison(folder, header, rows, content, note):
+    """Write comparison.md (a note and a table) and comparison.json; print the table."""
+    table = markdown_table(header, rows)
     with whole_file(folder / "comparison.md", "w", encoding="utf-8") as stream:
-        stream.write(f"{stamp}{note}\n\n{table}\n")
+        stream.write(f"{note}\n\n{table}\n")
     write_json(folder / "comparison.json", content)
-    draw_curves(folder / "comparison.png", histories, {title + mark: columns for title, columns in panels.items()})
-    print(f"\n{table}\nwritten to {folder}: comparison.md comparison.json comparison.png", flush=True)
-
-
-def draw_curves(path, histories, panels):
-    """Learning curves: histories {name: list of dicts}; panels {title: {column: line style}}, side by side."""
-    figure = Figure(figsize=(5.2 * len(panels), 3.8), layout="constrained")
-    for axes, (title, columns) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        for index, (name, history) in enumerate(histories.items()):
-            epochs = [record["epoch"] for record in history]
-            for column, style in columns.items():
-                label = column.replace("_", " ") if len(histories) == 1 else name
-                color = f"C{index}" if len(histories) > 1 else None
-                axes.plot(epochs, [record[column] for record in history], style, label=label, color=color, markersize=3)
-        axes.set(title=title, xlabel="epoch")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    save_figure(path, figure)
+    print(f"\n{note}\n\n{table}", flush=True)
