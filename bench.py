@@ -27,10 +27,8 @@ GPU_SHAPES = [*SHAPES, (100, 256, 128, 256)]
 OUTPUTS = 10
 LAYERS = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM, "bi_lstm": nn.LSTM}
 KINDS = ("ours", "torch", "plain")
-HEADER = """\
-| T, B, D, h | cell | train, ms: ours | torch | plain | ours/torch | inference, ms: ours | torch | plain \
-| ours/torch |
-| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"""
+COLUMNS = "| ours | torch | plain | ours/torch " * 2  # ms of a training step, then of inference
+HEADER = f"| T, B, D, h | cell {COLUMNS}|\n| --- | --- {'| ---: ' * 8}|"
 
 
 class TorchLayer(nn.Module):
@@ -130,7 +128,7 @@ def main():
     cuda, rows = args.device.type == "cuda", []
     name = torch.cuda.get_device_name(args.device) if cuda else platform.machine()
     machine = f"{name}, {args.threads} threads, torch {torch.__version__}"
-    print(f"{machine}\n\n{HEADER}")
+    print(f"{machine}; milliseconds, first of a training step, then of inference\n\n{HEADER}")
     for shape in GPU_SHAPES if cuda else SHAPES:
         for cell in LAYERS:
             row = measure(cell, shape, args.device, 3 if args.quick else 15, args.cuda_graphs)

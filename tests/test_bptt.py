@@ -1,132 +1,182 @@
-"""The fast recurrences against their definition, the plain loops of `rnn_models`."""
+"""The derived gradients against autograd through loops, torch's layers, finite differences."""
 
-import gc
+import copy
+import pickle
+import threading
 
 import pytest
 import torch
+from torch import nn
 
 import bptt
-from rnn_models import FAST, PLAIN, Recurrence, hidden_states, init_params, init_state, param_names
+import rnn_models
+from rnn_models import Recurrence, init_params
 
-SIZES = [(1, 1, 1, 1), (1, 4, 3, 2), (5, 1, 3, 2), (4, 3, 250, 5), (6, 5, 4, 60)]  # T, B, D, h
-SIZES += [tuple(torch.randint(1, 9, (4,), generator=torch.Generator().manual_seed(k)).tolist()) for k in range(8)]
-
-
-def values_and_gradients(steps, cell, inputs, state, params, weights):
-    """All states, the last state, and the gradients of a weighted sum of both, as one list."""
-    states, last = steps[cell](inputs, state, params)
-    loss = sum((part * weight).sum() for part, weight in zip((states, *last), weights, strict=True))
-    return [states, *last, *torch.autograd.grad(loss, [inputs, *state, *params])]
+CELLS = ["rnn", "gru", "lstm"]
+FAST = {"rnn": bptt.rnn, "gru": bptt.gru, "lstm": bptt.lstm}
+PLAIN = {"rnn": rnn_models.rnn, "gru": rnn_models.gru, "lstm": rnn_models.lstm}
+SIZES = [(1, 1, 1, 1), (1, 4, 3, 2), (5, 1, 3, 2), (4, 3, 250, 5), (6, 5, 4, 60), (30, 7, 2, 8)]
+each_cell = pytest.mark.parametrize("cell", CELLS)
 
 
-@pytest.mark.parametrize("cell", FAST)
-@pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
-def test_the_fast_form_is_the_plain_loop(cell, size, dtype, tolerance):
-    T, B, D, h = size
-    torch.manual_seed(sum(size))
+def example(cell, T=6, B=5, D=4, h=3, dtype=torch.float64):
+    """Random inputs (T, B, D), a state and parameters without W_hq, b_q; all require gradients."""
+    torch.manual_seed(T + B + D + h)
     params = [param.detach().to(dtype) for param in init_params(cell, D, h, 1)[:-2]]
     params = [(param + 0.1 * torch.randn_like(param)).requires_grad_() for param in params]
     inputs = torch.randn(T, B, D, dtype=dtype, requires_grad=True)
-    state = tuple(torch.randn(B, h, dtype=dtype, requires_grad=True) for _ in range(2 if cell == "lstm" else 1))
-    weights = [torch.randn(T, B, h, dtype=dtype), *(torch.randn(B, h, dtype=dtype) for _ in state)]
-    plain = values_and_gradients(PLAIN, cell, inputs, state, params, weights)
-    fast = values_and_gradients(FAST, cell, inputs, state, params, weights)
-    for expected, found in zip(plain, fast, strict=True):
-        assert torch.allclose(found, expected, rtol=tolerance, atol=tolerance)
+    parts = 2 if cell == "lstm" else 1
+    state = tuple(torch.randn(B, h, dtype=dtype, requires_grad=True) for _ in range(parts))
+    return inputs, state, params
 
 
-def test_both_forms_agree_in_both_directions_on_padded_sequences():
+def plain(cell, inputs, state, params):
+    """All states and the last one by the plain loops: outputs are H if W_hq is the identity."""
+    h = state[0].shape[1]
+    head = [torch.eye(h, dtype=params[0].dtype), torch.zeros(h, dtype=params[0].dtype)]
+    return PLAIN[cell](inputs, state, [*params, *head])
+
+
+def values_and_gradients(result, leaves):
+    """The states, the last state, and the gradients of a weighted sum of both."""
+    states, last = result
     torch.manual_seed(0)
-    params = [param.detach().double() for param in init_params("bi_lstm", 3, 4, 2)]
-    inputs, lengths = torch.randn(6, 3, 3, dtype=torch.float64), torch.tensor([6, 1, 4])
-    state = init_state("bi_lstm", 3, 4, dtype=torch.float64)
-    plain, fast = (hidden_states("bi_lstm", inputs, state, params, lengths, steps)[0] for steps in (PLAIN, FAST))
-    assert torch.allclose(plain, fast, atol=1e-12)
+    loss = sum((part * torch.randn_like(part)).sum() for part in (states, *last))
+    return [states, *last, *torch.autograd.grad(loss, leaves)]
 
 
-@pytest.mark.parametrize("cell", FAST)
-def test_memory_that_is_used_again_is_never_still_in_use(cell):
-    # Results are kept while more are computed in the memory that was given back; a backward pass comes late.
-    torch.manual_seed(1)
-    params = [param.detach().requires_grad_() for param in init_params(cell, 3, 4, 1)[:-2]]
-    state = init_state(cell, 2, 4)
-    inputs = [torch.randn(7, 2, 3) for _ in range(6)]
-    kept = []
-    for X in inputs:
-        FAST[cell](torch.randn(7, 2, 3), state, params)[0].sum().backward()  # its memory is free at once
-        gc.collect()
-        kept.append(FAST[cell](X, state, params)[0])
-    assert bptt._free, "no memory has been given back"
-    for X, states in zip(inputs, kept, strict=True):
-        plain = PLAIN[cell](X, state, params)[0]
-        assert torch.allclose(states, plain, atol=1e-5)
-        fast_gradients = torch.autograd.grad(states.square().sum(), params)
-        for found, expected in zip(fast_gradients, torch.autograd.grad(plain.square().sum(), params), strict=True):
-            assert torch.allclose(found, expected, atol=1e-4)
+@each_cell
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+def test_equals_autograd_through_the_plain_loops(cell, size, dtype, tolerance):
+    inputs, state, params = example(cell, *size, dtype)
+    leaves = [inputs, *state, *params]
+    expected = values_and_gradients(plain(cell, inputs, state, params), leaves)
+    found = values_and_gradients(FAST[cell](inputs, state, params), leaves)
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("cell", FAST)
-def test_without_gradients_the_states_are_the_same(cell):
-    torch.manual_seed(3)
-    params = init_params(cell, 3, 4, 1)[:-2]
-    inputs, state = torch.randn(7, 2, 3), init_state(cell, 2, 4)
-    states, last = FAST[cell](inputs, state, params)
+@each_cell
+def test_gradients_equal_finite_differences(cell):
+    inputs, state, params = example(cell, 4, 3, 2, 3)
+
+    def function(inputs, *rest):
+        states, last = FAST[cell](inputs, rest[: len(state)], rest[len(state) :])
+        return states, *last
+
+    assert torch.autograd.gradcheck(function, (inputs, *state, *params))
+
+
+@pytest.mark.parametrize(("cell", "order"), [("rnn", [0]), ("lstm", [0, 1, 3, 2])])
+def test_equals_the_layer_of_torch(cell, order):
+    # torch's gates stand in the order i f c o; its GRU is another function.
+    inputs, state, params = example(cell)
+    layer = {"rnn": nn.RNN, "lstm": nn.LSTM}[cell](4, 3).double()
     with torch.no_grad():
-        again, last_again = FAST[cell](inputs, state, params)
-    for found, expected in zip((again, *last_again), (states, *last), strict=True):
-        assert torch.equal(found, expected) and not found.requires_grad
+        layer.weight_ih_l0.copy_(torch.cat([params[3 * gate] for gate in order], dim=1).t())
+        layer.weight_hh_l0.copy_(torch.cat([params[3 * gate + 1] for gate in order], dim=1).t())
+        layer.bias_ih_l0.copy_(torch.cat([params[3 * gate + 2] for gate in order]))
+        layer.bias_hh_l0.zero_()
+    first = tuple(part[None] for part in state)
+    expected, last = layer(inputs, first if cell == "lstm" else first[0])
+    last = tuple(part[0] for part in (last if cell == "lstm" else (last,)))
+    expected = values_and_gradients((expected, last), [inputs, *state])
+    found = values_and_gradients(FAST[cell](inputs, state, params), [inputs, *state])
+    torch.testing.assert_close(found, expected)
 
 
-def test_a_second_derivative_is_refused():
-    params = init_params("rnn", 2, 3, 1)[:-2]
-    states, _ = FAST["rnn"](torch.randn(4, 2, 2), init_state("rnn", 2, 3), params)
-    (gradient,) = torch.autograd.grad(states.square().sum(), params[:1], create_graph=True)
+@each_cell
+def test_accepts_any_memory_layout(cell):
+    _, state, params = example(cell)
+    inputs = torch.randn(5, 4, 6, dtype=torch.float64).permute(2, 0, 1).requires_grad_()
+    leaves = [inputs, *params]
+    for view in (lambda states: states, lambda states: states.transpose(0, 2)[:, :, ::2]):
+        expected = torch.autograd.grad(view(plain(cell, inputs, state, params)[0]).sum(), leaves)
+        found = torch.autograd.grad(view(FAST[cell](inputs, state, params)[0]).sum(), leaves)
+        torch.testing.assert_close(found, expected)
+
+
+@each_cell
+def test_a_second_backward_pass_gives_the_same_gradients(cell):
+    inputs, state, params = example(cell)
+    states, last = FAST[cell](inputs, state, params)
+    loss = states.square().sum() + last[-1].sum()
+    first = torch.autograd.grad(loss, [inputs, *state, *params], retain_graph=True)
+    second = torch.autograd.grad(loss, [inputs, *state, *params])
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+@each_cell
+def test_a_second_derivative_is_refused(cell):
+    inputs, state, params = example(cell)
+    loss = FAST[cell](inputs, state, params)[0].square().sum()
+    (gradient,) = torch.autograd.grad(loss, [inputs], create_graph=True)
     with pytest.raises(RuntimeError, match="twice"):
         gradient.sum().backward()
 
 
-# --- the path that only a GPU takes, with its recording replaced: what is left is the same on a CPU -------------------
+@each_cell
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_empty_batch_gives_empty_states_and_zero_gradients(cell, dtype):
+    inputs, state, params = example(cell, 6, 0, dtype=dtype)
+    states, last = FAST[cell](inputs, state, params)
+    assert states.shape == (6, 0, 3) and all(part.shape == (0, 3) for part in last)
+    assert not any(gradient.any() for gradient in torch.autograd.grad(states.sum(), params))
 
 
-@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm", "bi_lstm"])
-@pytest.mark.parametrize("steps", [1, 16, 21])
-def test_the_replayed_states_are_the_states(cell, steps, monkeypatch, recwarn):
-    recorded = []
+@each_cell
+def test_inputs_without_a_step_are_refused(cell):
+    inputs, state, params = example(cell)
+    with pytest.raises(ValueError, match="at least one step"):
+        FAST[cell](inputs[:0], state, params)
 
-    def record(function, samples, allow_unused_input=False):
-        recorded.append([sample.shape for sample in samples])
-        wanted = [sample for sample in samples if sample.requires_grad]  # recorded backwards too, as torch.cuda does
-        torch.autograd.grad(function(*samples).sum(), wanted, allow_unused=allow_unused_input)
-        return function
 
-    monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
-    torch.manual_seed(2)
-    recurrence = Recurrence(cell, 3, 4, 1).double()
-    inputs, lengths = torch.randn(steps, 3, 3, dtype=torch.float64), torch.tensor([steps, 1, max(1, steps // 2)])
+@each_cell
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_gives_what_the_plain_loops_give(cell, dtype):
+    inputs, state, params = example(cell, 20, 16, 8, 16, torch.float32)
+    leaves = [inputs, *state, *params]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = plain(cell, inputs.to(dtype), state, params)
+        found = FAST[cell](inputs.to(dtype), state, params)
+    for a, b in zip(*(values_and_gradients(x, leaves) for x in (found, expected)), strict=True):
+        assert (a.float() - b.float()).abs().max() <= 0.05 * b.float().abs().max() + 1e-3
+
+
+@each_cell
+def test_without_gradients_the_states_are_the_same(cell):
+    inputs, state, params = example(cell)
+    expected, _ = FAST[cell](inputs, state, params)
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            found, _ = FAST[cell](inputs, state, params)
+        assert torch.equal(found, expected) and not found.requires_grad
+
+
+@each_cell
+def test_modules_survive_copying_pickling_compiling_and_threads(cell):
+    module, inputs = Recurrence(cell, 4, 3, 2), torch.randn(6, 5, 4)
+    compiled = torch.compile(copy.deepcopy(module), backend="eager")
     results = []
-    for function in (recurrence._replayed, recurrence._replayed, recurrence):
+
+    def run(recurrence):
         recurrence.zero_grad()
-        states = function(inputs, lengths)
-        there = (torch.arange(steps)[:, None] < lengths)[:, :, None]
-        (states * there).square().sum().backward()
-        results.append([states * there, *(getattr(recurrence, name).grad for name in param_names(cell)[:-2])])
-    assert all(torch.allclose(a, b, atol=1e-12) for pair in results[:2] for a, b in zip(pair, results[2], strict=True))
-    assert not recwarn.list, "the recording failed"
-    assert len(recorded) == 1 and recorded[0][0] == ((steps + 15) // 16 * 16, 3, 3)
+        states = recurrence(inputs)
+        states.square().sum().backward()
+        gradients = [param.grad for param in recurrence.parameters() if param.grad is not None]
+        results.append([states.detach(), *gradients])
+
+    for recurrence in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module)), compiled):
+        run(recurrence)
+    threads = [threading.Thread(target=run, args=(copy.deepcopy(module),)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 8
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-4, atol=1e-5)
 
 
-def test_a_recording_that_fails_is_warned_of_once(monkeypatch, recwarn):
-    def fail(function, samples, allow_unused_input):
-        raise RuntimeError("capture is not possible")
-
-    monkeypatch.setattr(torch.cuda, "make_graphed_callables", fail)
-    recurrence = Recurrence("gru", 3, 4, 1)
-    for steps in (5, 5, 40):
-        inputs = torch.randn(steps, 2, 3)
-        assert torch.allclose(
-            recurrence._replayed(inputs, torch.tensor([steps, 1]))[0], recurrence(inputs)[0], atol=1e-6
-        )
-    assert [str(w.message) for w in recwarn] == [
-        "no CUDA graph (capture is not possible): the recurrence runs step by step, slower"
-    ]
+def test_tuning_the_allocator_may_be_called_anywhere():
+    assert bptt.tune_allocator() is None
