@@ -227,7 +227,9 @@ def unzip(content, path):
             files = [file for file in archive.infolist() if file.filename.lower().endswith(".csv")]
             files = [file for file in files if "__MACOSX" not in file.filename]
             if len(files) != 1:
-                raise UserError(f"{path} holds {len(files)} CSV files, not one; unpack the right one")
+                raise UserError(
+                    f"{path} holds {len(files)} CSV files, not one; unpack the right one"
+                )
             if files[0].file_size > MAX_BYTES:
                 raise UserError(f"{path} unpacks to more than {MAX_BYTES:,} bytes")
             return archive.read(files[0])

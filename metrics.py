@@ -1,13 +1,13 @@
-"""The measures that both tasks report, worked out by hand with NumPy: no loop over samples, no scikit-learn."""
+"""The measures that both tasks report, worked out by hand with NumPy, without scikit-learn."""
 
 import numpy as np
 
 
 def _checked(y_true, y_pred, kind):
-    """Both arguments as arrays, or ValueError if they are empty, of different shapes, or hold NaN or infinity."""
+    """Both arguments as arrays; ValueError if they are empty, unlike in shape, or not finite."""
     y_true, y_pred = np.asarray(y_true), np.asarray(y_pred)
     if y_true.shape != y_pred.shape:
-        raise ValueError(f"y_true has shape {y_true.shape}, y_pred has shape {y_pred.shape}: they must be the same")
+        raise ValueError(f"y_true and y_pred differ in shape: {y_true.shape}, {y_pred.shape}")
     if y_true.size == 0:
         raise ValueError("y_true and y_pred are empty: there is nothing to measure")
     for name, values in (("y_true", y_true), ("y_pred", y_pred)):
@@ -19,24 +19,24 @@ def _checked(y_true, y_pred, kind):
 
 
 def confusion_matrix(y_true, y_pred, num_classes):
-    """Count how often each class was taken for each: (K, K) int64, rows the truth, columns the prediction.
+    """Count how often class i was taken for class j: (K, K) int64, rows the truth.
 
     y_true, y_pred: (N,) integers in 0..K-1; num_classes: K.
-    Raises ValueError for arrays of different or other shapes, empty ones, and labels outside 0..K-1.
+    Raises ValueError for arrays unlike in shape, empty ones, and labels outside 0..K-1.
     """
     y_true, y_pred = _checked(y_true, y_pred, np.integer)
     if y_true.ndim != 1:
         raise ValueError(f"labels must be a vector, not of shape {y_true.shape}")
     if min(y_true.min(), y_pred.min()) < 0 or max(y_true.max(), y_pred.max()) >= num_classes:
         raise ValueError(f"labels must lie in 0..{num_classes - 1}")
-    # The pair (truth, prediction) is one number in base K, so one count over N numbers fills the matrix. int64
-    # first: K * truth would overflow the small integer types that labels are often kept in.
+    # The pair (truth, prediction) is one number in base K, so one count of N numbers fills the
+    # matrix. int64 first: K * truth would overflow a small integer type.
     pairs = num_classes * y_true.astype(np.int64) + y_pred.astype(np.int64)
     return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
 def _checked_matrix(matrix):
-    """The confusion matrix as an array, or ValueError if it is no square table of counts with at least one sample."""
+    """The confusion matrix as an array; ValueError if it is no square table of counts."""
     matrix = np.asarray(matrix)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ValueError(f"a confusion matrix is square, this one has shape {matrix.shape}")
@@ -46,7 +46,7 @@ def _checked_matrix(matrix):
 
 
 def accuracy(matrix):
-    """Share of the samples on the diagonal of a (K, K) confusion matrix, a float in 0..1; ValueError if it is none."""
+    """Share of the samples on the diagonal of a (K, K) confusion matrix; ValueError if unfit."""
     matrix = _checked_matrix(matrix)
     return float(np.trace(matrix) / matrix.sum())
 
@@ -57,16 +57,18 @@ def precision_recall_f1(matrix, average=None):
     For class k with TP = matrix[k, k]:  precision = TP / column sum,  recall = TP / row sum,
     F1 = 2 * precision * recall / (precision + recall) = 2 TP / (row sum + column sum).
     A class that is never predicted or never present scores 0, not NaN.
-    average: None gives three (K,) float arrays; "macro" three floats, the plain mean over the classes (of F1 too: not
-    the F1 of the mean precision and recall); "weighted" three floats, the mean weighted by the class's row sum.
-    Raises ValueError for another average, and for a matrix that is not square, empty, or holds no counts.
+    average: None gives three (K,) float arrays; "macro" three floats, the plain means over the
+    classes (of F1 too: it is not the F1 of the mean precision and recall); "weighted" three floats,
+    the means weighted by the classes' row sums.
+    Raises ValueError for another average, and for a matrix that is not square or holds no counts.
     """
     matrix = _checked_matrix(matrix)
     hits, support, predicted = np.diagonal(matrix), matrix.sum(axis=1), matrix.sum(axis=0)
     # Where a denominator is 0 the numerator is 0 too: the score stays at the 0 of `out`.
+    fractions = ((hits, predicted), (hits, support), (2 * hits, predicted + support))
     scores = [
         np.divide(numerator, denominator, out=np.zeros(len(matrix)), where=denominator > 0)
-        for numerator, denominator in ((hits, predicted), (hits, support), (2 * hits, predicted + support))
+        for numerator, denominator in fractions
     ]
     if average is None:
         return tuple(scores)
@@ -84,15 +86,15 @@ def _absolute_errors(y_true, y_pred):
 
 
 def mean_error(y_true, y_pred):
-    """Mean absolute error over all elements of two arrays of one shape, in their unit; ValueError if unfit."""
+    """Mean absolute error over all elements, in the arrays' unit; ValueError if unfit."""
     return float(_absolute_errors(y_true, y_pred).mean())
 
 
 def median_error(y_true, y_pred):
-    """Median absolute error over all elements of two arrays of one shape, in their unit; ValueError if unfit."""
+    """Median absolute error over all elements, in the arrays' unit; ValueError if unfit."""
     return float(np.median(_absolute_errors(y_true, y_pred)))
 
 
 def rmse(y_true, y_pred):
-    """Root of the mean squared error over all elements, in the arrays' unit; ValueError if unfit."""
+    """Root of the mean squared error, in the arrays' unit; ValueError if unfit."""
     return float(np.sqrt(np.mean(_absolute_errors(y_true, y_pred) ** 2)))

@@ -52,7 +52,9 @@ def label_font(labels):
 def draw_curves(figure, panels):
     """Learning curves; panels {title: {label: values, one an epoch}}, side by side."""
     figure.set_size_inches(5.2 * len(panels), 3.8)
-    for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+    for axes, (title, curves) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+    ):
         for label, values in curves.items():
             axes.plot(range(1, len(values) + 1), values, "o-", markersize=3, label=label)
         axes.set(title=title, xlabel="epoch")
@@ -109,7 +111,9 @@ def draw_forecasts(figure, windows, title):
         line = ".-" if steps == 1 else "-"
         axes.plot(index, window["truth"], f"C0{line}", linewidth=1, label="truth")
         axes.plot(future, window["forecast"], f"C1{line}", linewidth=1, label="forecast")
-        axes.fill_between(future, window["low"], window["high"], color="C1", alpha=0.2, label="80 %")
+        axes.fill_between(
+            future, window["low"], window["high"], color="C1", alpha=0.2, label="80 %"
+        )
         axes.axvline(future[0], color="grey", linewidth=0.8, linestyle="--")
         axes.set_title(f"{future[0]:%Y-%m-%d}: mean error {window['error']:.2f} degC", fontsize=9)
         axes.set_ylabel("T, degC", fontsize=8)

@@ -1,6 +1,6 @@
-"""RNN, GRU, LSTM and Bi-LSTM as the lecture writes them: parameter lists, loops, one equation a line.
+"""RNN, GRU, LSTM and Bi-LSTM as the lecture writes them: parameter lists and plain loops.
 
-T steps, B sequences in a batch, D inputs, h hidden units, Q outputs. Inputs are time-major (T, B, D).
+T steps, B sequences, D inputs, h hidden units, Q outputs. Inputs are time-major (T, B, D).
 Each cell is a function of (inputs, state, params) and returns (outputs, state), outputs (T, B, Q).
 The equations are those of Dive into Deep Learning, chapters 9 and 10. Below the cells: their
 parameters, and the two models built on them.
@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 import bptt
+
+# fmt: off  (the shapes stand in a column)
 
 
 def rnn(inputs, state, params):
@@ -21,9 +23,9 @@ def rnn(inputs, state, params):
     W_xh, W_hh, b_h, W_hq, b_q = params
     (H,) = state
     outputs = []
-    for X in inputs:                                    # (B, D)
-        H = torch.tanh(X @ W_xh + H @ W_hh + b_h)       # (B, h)
-        Y = H @ W_hq + b_q                              # (B, Q)
+    for X in inputs:  # (B, D)
+        H = torch.tanh(X @ W_xh + H @ W_hh + b_h)  # (B, h)
+        Y = H @ W_hq + b_q  # (B, Q)
         outputs.append(Y)
     return stack(outputs), (H,)
 
@@ -38,12 +40,12 @@ def gru(inputs, state, params):
     W_xz, W_hz, b_z, W_xr, W_hr, b_r, W_xh, W_hh, b_h, W_hq, b_q = params
     (H,) = state
     outputs = []
-    for X in inputs:                                            # (B, D)
-        Z = torch.sigmoid(X @ W_xz + H @ W_hz + b_z)            # (B, h), update gate
-        R = torch.sigmoid(X @ W_xr + H @ W_hr + b_r)            # (B, h), reset gate
-        H_tilde = torch.tanh(X @ W_xh + (R * H) @ W_hh + b_h)   # (B, h), candidate
+    for X in inputs:  # (B, D)
+        Z = torch.sigmoid(X @ W_xz + H @ W_hz + b_z)  # (B, h), update gate
+        R = torch.sigmoid(X @ W_xr + H @ W_hr + b_r)  # (B, h), reset gate
+        H_tilde = torch.tanh(X @ W_xh + (R * H) @ W_hh + b_h)  # (B, h), candidate
         H = Z * H + (1 - Z) * H_tilde
-        Y = H @ W_hq + b_q                                      # (B, Q)
+        Y = H @ W_hq + b_q  # (B, Q)
         outputs.append(Y)
     return stack(outputs), (H,)
 
@@ -56,14 +58,14 @@ def lstm(inputs, state, params):
     W_xi, W_hi, b_i, W_xf, W_hf, b_f, W_xo, W_ho, b_o, W_xc, W_hc, b_c, W_hq, b_q = params
     H, C = state
     outputs = []
-    for X in inputs:                                        # (B, D)
-        I = torch.sigmoid(X @ W_xi + H @ W_hi + b_i)        # (B, h), input gate
-        F = torch.sigmoid(X @ W_xf + H @ W_hf + b_f)        # (B, h), forget gate
-        O = torch.sigmoid(X @ W_xo + H @ W_ho + b_o)        # (B, h), output gate
-        C_tilde = torch.tanh(X @ W_xc + H @ W_hc + b_c)     # (B, h), candidate
+    for X in inputs:  # (B, D)
+        I = torch.sigmoid(X @ W_xi + H @ W_hi + b_i)  # (B, h), input gate
+        F = torch.sigmoid(X @ W_xf + H @ W_hf + b_f)  # (B, h), forget gate
+        O = torch.sigmoid(X @ W_xo + H @ W_ho + b_o)  # (B, h), output gate
+        C_tilde = torch.tanh(X @ W_xc + H @ W_hc + b_c)  # (B, h), candidate
         C = F * C + I * C_tilde
         H = O * torch.tanh(C)
-        Y = H @ W_hq + b_q                                  # (B, Q)
+        Y = H @ W_hq + b_q  # (B, Q)
         outputs.append(Y)
     return stack(outputs), (H, C)
 
@@ -98,12 +100,13 @@ def reverse(sequences, lengths=None):
     if lengths is None:
         return sequences.flip(0)
     T, B, _ = sequences.shape
-    steps = torch.arange(T, device=sequences.device)[:, None]               # (T, 1)
-    source = torch.where(steps < lengths, lengths - 1 - steps, steps)       # (T, B)
-    rows = source * B + torch.arange(B, device=sequences.device)            # (T, B), in (T * B, D)
+    steps = torch.arange(T, device=sequences.device)[:, None]  # (T, 1)
+    source = torch.where(steps < lengths, lengths - 1 - steps, steps)  # (T, B)
+    rows = source * B + torch.arange(B, device=sequences.device)  # (T, B), in (T * B, D)
     return sequences.flatten(0, 1).index_select(0, rows.flatten()).view(sequences.shape)
 
 
+# fmt: on
 # --- parameters ---------------------------------------------------------------------------------
 
 CELLS = {"rnn": rnn, "gru": gru, "lstm": lstm, "bi_lstm": bi_lstm}
@@ -250,7 +253,7 @@ def pool_states(states, lengths, pool, bidirectional=False):
         h = states.shape[2] // 2
         return torch.cat([last[:, :h], states[0, :, h:]], dim=1) if bidirectional else last
     steps = torch.arange(len(states), device=states.device)[:, None, None]
-    padding = steps >= lengths[:, None]                                     # (T, B, 1)
+    padding = steps >= lengths[:, None]  # (T, B, 1)
     if pool == "mean":
         return states.masked_fill(padding, 0.0).sum(0) / lengths[:, None]
     if pool == "max":
@@ -265,7 +268,7 @@ class TextClassifier(nn.Module):
         self, cell, vocab_sizes, num_inputs, num_hiddens, num_classes, pool="max", dropout=0.3,
         loops="fast",
     ):  # fmt: skip
-        """vocab_sizes: a size for each aspect of a token (word, character, ...), embedded and added.
+        """vocab_sizes: a size for each aspect of a token (word, character, ...).
 
         num_inputs: D, an embedding's size; num_hiddens: h; dropout: share of the embedded inputs
         and of the pooled states set to zero in training. Raises ValueError for an unknown word.
@@ -304,15 +307,15 @@ class Forecaster(nn.Module):
     """
 
     def __init__(self, cell, num_inputs, num_hiddens, known, horizon, dropout=0.0, loops="fast"):
-        """num_inputs: D features a step, the last four its sine and cosine of the year and the day;
-        num_hiddens: h; known: T; horizon: Q steps ahead; dropout: share of the last state set to
-        zero in training. Raises ValueError for an unknown cell or loops.
+        """num_inputs: D features a step, the last four sine and cosine of the year and of the day;
+        num_hiddens: h; known: T; horizon: Q; dropout: share of the last state set to zero in
+        training. Raises ValueError for an unknown cell or loops.
         """
         super().__init__()
         self.recurrence = Recurrence(cell, num_inputs, num_hiddens, horizon, loops)
         nn.init.zeros_(self.recurrence.W_hq)  # training starts from the linear forecast
         for name, param in self.recurrence.named_parameters():
-            if name.startswith("b_f"):  # with 1 the memory keeps all five days and overfits
+            if name.startswith("b_f"):  # with 1 the LSTM learns the training windows by heart
                 nn.init.zeros_(param)
         self.register_buffer("W_xq", torch.zeros(3 * (known + 1), horizon))
         self.dropout = nn.Dropout(dropout)
@@ -320,14 +323,14 @@ class Forecaster(nn.Module):
     @staticmethod
     def linear_features(inputs):
         """[x, x sin, x cos] (B, 3 (T + 1)) of inputs (T, B, D)."""
-        x = nn.functional.pad(inputs[:, :, 0].t(), (0, 1), value=1.0)           # (B, T + 1)
-        sine, cosine = inputs[-1, :, -4:-2].t()[:, :, None]                     # (B, 1) each
+        x = nn.functional.pad(inputs[:, :, 0].t(), (0, 1), value=1.0)  # (B, T + 1)
+        sine, cosine = inputs[-1, :, -4:-2].t()[:, :, None]  # (B, 1) each
         return torch.cat([x, x * sine, x * cosine], dim=1)
 
     def forward(self, inputs):
-        """Forecasts (B, Q) from the known steps (T, B, D); the backward direction reads no others."""
-        states = self.recurrence(inputs)                                        # (T, B, h)
+        """Forecasts (B, Q) from the known steps (T, B, D), which both directions read alone."""
+        states = self.recurrence(inputs)  # (T, B, h)
         lengths = torch.full((inputs.shape[1],), len(inputs), device=inputs.device)
         last = pool_states(states, lengths, "last", self.recurrence.cell == "bi_lstm")
-        linear = self.linear_features(inputs) @ self.W_xq                       # (B, Q)
+        linear = self.linear_features(inputs) @ self.W_xq  # (B, Q)
         return linear + self.recurrence.output(self.dropout(last))

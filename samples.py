@@ -1,13 +1,13 @@
-"""The bundled samples: seeded generators that stand in for the two real files where no network answers.
+"""The bundled samples: seeded generators that stand in for the two real files without a network.
 
-Both are made up from the lists and numbers below; what a model scores on them says nothing about real data.
+Both are made up from the lists below; a model's scores on them say nothing about real data.
 """
 
 import numpy as np
 import pandas as pd
 
-# A review is a row of clauses. Each category has clauses of its own; related categories share the clauses of a group;
-# clauses of the last list fit all of them; and some clauses only mention another category in passing.
+# A review is a row of clauses. Each category has clauses of its own; related categories share the
+# clauses of a group; clauses of the last list fit all; some only mention another category.
 CATEGORIES = {
     "书籍": ("纸", ["情节引人入胜", "作者的观点很独到", "文字优美", "翻译得不通顺", "读完很受启发", "错别字不少", "适合睡前翻一翻", "内容有点啰嗦"]),
     "平板": ("屏", ["孩子拿来上网课", "触控笔很跟手", "看视频够大", "分屏不太好用", "当画板也行", "放在支架上看剧", "比手机大一圈", "平板壳是送的"]),
@@ -30,11 +30,12 @@ GROUPS = {
 ANYWHERE = ["很满意", "不太满意", "一般般吧", "物流很快", "客服不回话", "价格实惠", "下次还来", "不会再买了", "好评", "朋友推荐的",
             "活动时买的", "有点失望", "总体还行", "等了好几天", "对得起这个价", "和想的不一样", "值得推荐", "先用用看"]  # fmt: skip
 MENTIONS = ["本来想看{}的", "和{}一起下的单", "上次买{}就在这家", "比买{}省心", "钱都花在{}上了"]
-SHARES = [0.07, 0.16, 0.06, 0.15, 0.15, 0.03, 0.05, 0.15, 0.06, 0.12]  # of the categories, as uneven as in the corpus
+# Shares of the categories, as uneven as in the corpus.
+SHARES = [0.07, 0.16, 0.06, 0.15, 0.15, 0.03, 0.05, 0.15, 0.06, 0.12]
 
 
 def reviews(rows=2000, seed=0):
-    """A frame cat,label,review of made-up Chinese reviews in ten categories, shuffled; the same for the same seed."""
+    """A DataFrame cat,label,review of made-up Chinese reviews; the same for the same seed."""
     rng = np.random.default_rng(seed)
     names = list(CATEGORIES)
     table = []
@@ -51,16 +52,18 @@ def reviews(rows=2000, seed=0):
 
 
 def temperatures(years=8, seed=0):
-    """A frame Date Time,p (mbar),T (degC) of hourly made-up weather from 2009 on; the same for the same seed.
+    """A DataFrame Date Time,p (mbar),T (degC) of hourly made-up weather from 2009 on.
 
-    Temperature is a yearly and a daily cycle, noise that persists longer in winter, and fronts: about every five days
-    the pressure falls while warm air comes in for a day, then it turns cold within hours and recovers over days.
+    Temperature is a yearly and a daily cycle, noise that persists longer in winter, and fronts:
+    about every five days the pressure falls while warm air comes in for a day, then it turns cold
+    within hours and recovers over days. The same seed gives the same weather.
     """
     rng = np.random.default_rng(seed)
     stamps = pd.date_range("2009-01-01", f"{2009 + years}-01-01", freq="h", inclusive="left")
     hours = len(stamps)
-    summer = -np.cos(2 * np.pi * (stamps.day_of_year.to_numpy() - 15) / 365.25)  # -1 in mid-January, 1 in mid-July
-    cycles = 10 + 10 * summer + (3 + 1.5 * summer) * np.sin(2 * np.pi * (stamps.hour.to_numpy() - 9) / 24)
+    day, hour = stamps.day_of_year.to_numpy(), stamps.hour.to_numpy()
+    summer = -np.cos(2 * np.pi * (day - 15) / 365.25)  # -1 in mid-January, 1 in mid-July
+    cycles = 10 + 10 * summer + (3 + 1.5 * summer) * np.sin(2 * np.pi * (hour - 9) / 24)
 
     kept = np.exp(-1 / (36 - 18 * summer))  # share of the noise left after an hour
     noise = np.sqrt(1 - kept**2) * 2.0 * rng.standard_normal(hours)
@@ -68,7 +71,8 @@ def temperatures(years=8, seed=0):
         noise[t] += kept[t] * noise[t - 1]
 
     age = np.arange(-36, 120)  # hours since the front passed
-    warmth = np.where(age < 0, np.exp(age / 12.0), -np.exp(-age / 40.0) * (1 - np.exp(-(age + 1) / 3.0)))
+    cold = np.exp(-age / 40.0) * (1 - np.exp(-(age + 1) / 3.0))
+    warmth = np.where(age < 0, np.exp(age / 12.0), -cold)
     low = -np.exp(-np.abs(age) / 18.0)
     fronts, pressure = np.zeros(hours), np.zeros(hours)
     start = 0
@@ -77,10 +81,5 @@ def temperatures(years=8, seed=0):
         fronts[start : start + len(age)] += strength * warmth
         pressure[start : start + len(age)] += 1.5 * strength * low
     pressure += 1015 + rng.standard_normal(hours)
-    return pd.DataFrame(
-        {
-            "Date Time": stamps.strftime("%d.%m.%Y %H:%M:%S"),
-            "p (mbar)": pressure.round(2),
-            "T (degC)": (cycles + noise + fronts).round(2),
-        }
-    )
+    T, stamps = (cycles + noise + fronts).round(2), stamps.strftime("%d.%m.%Y %H:%M:%S")
+    return pd.DataFrame({"Date Time": stamps, "p (mbar)": pressure.round(2), "T (degC)": T})

@@ -1,6 +1,6 @@
 """Forecast two days of temperature from five days, with a recurrent network written by hand.
 
-    python temp_forecast.py                              LSTM on hourly means, jena_climate_2009_2016
+    python temp_forecast.py                              LSTM on jena_climate_2009_2016, hourly
     python temp_forecast.py --model all --features all   all four, from all columns
     python temp_forecast.py --checkpoint runs/temp_lstm/best.pt --predict recent.csv
 
@@ -32,12 +32,13 @@ STEPS_A_DAY = {"h": 24, "10min": 144, "D": 1}
 CALENDAR = 4  # features: sine and cosine of the year and of the day
 CURVE_WINDOWS = 5000  # training windows on which the curves' training error is measured
 PENALTIES = 10.0 ** np.arange(-1, 6)  # of the ridge regressions
+SEASON = (1, 10, 100, 1e9)  # times the penalty: of the weights' change with the season
 BAND = (0.1, 0.9)  # quantiles of the validation errors: the 80 % band
 PARTS = {"segments": "7-day segments", "daily_origins": "daily origins"}
 # Chosen on validation rows of the mission's series.
 DEFAULTS = {
-    "model": "lstm", "epochs": 8, "patience": 3, "batch_size": 128, "hidden": 64, "dropout": 0.3,
-    "lr": 2e-3, "descent": 8, "weight_decay": 1e-4, "average": 0.99,
+    "model": "lstm", "epochs": 6, "patience": 3, "batch_size": 128, "hidden": 64, "dropout": 0.3,
+    "lr": 2e-3, "descent": 6, "weight_decay": 1e-4, "average": 0.99,
 }  # fmt: skip
 
 
@@ -85,7 +86,9 @@ def read_series(frame, path, freq):
     values = values.sort_index().groupby(level=0).mean()
     steps = values.resample(freq)
     spacing = values.index.to_series().diff().median()
-    expected = 1 if pd.isna(spacing) else max(1.0, pd.Timedelta(1, freq.lstrip("10") or freq) / spacing)
+    expected = (
+        1 if pd.isna(spacing) else max(1.0, pd.Timedelta(1, freq.lstrip("10") or freq) / spacing)
+    )
     series = steps.mean().where(steps.count() >= 0.75 * expected)
     missing = series[TARGET].isna()
     series = series.apply(fill_short_gaps, longest=3 * STEPS_A_DAY[freq] // 24)
@@ -93,12 +96,14 @@ def read_series(frame, path, freq):
     first, last = series.index[[0, -1]].strftime("%Y-%m-%d %H:%M")
     noted = ", ".join(f"{count} in {name}" for name, count in words.items() if count) or "none"
     print(
-        f"{path}: {len(frame)} rows, {first} to {last}; {repeated} repeated stamps averaged, "
-        f"{int(impossible.to_numpy().sum())} impossible values, values that are no numbers: {noted}; "
+        f"{path}: {len(frame)} rows, {first} to {last}; {repeated} repeated stamps averaged; "
+        f"{int(impossible.to_numpy().sum())} impossible values; no numbers: {noted}; "
         f"{len(series)} steps, {filled} of {int(missing.sum())} missing ones interpolated"
     )
     if missing.mean() > 0.5:
-        raise UserError(f"{path}: more than half of the steps have no temperature; is --freq right?")
+        raise UserError(
+            f"{path}: more than half of the steps have no temperature; is --freq right?"
+        )
     return series
 
 
@@ -107,9 +112,8 @@ def read_stamps(column, path):
     stamps = pd.to_datetime(column, format=STAMP, errors="coerce")
     if stamps.isna().any():
         row = int(np.flatnonzero(stamps.isna())[0])
-        raise UserError(
-            f"{path}: row {row + 1} has the date {str(column.iloc[row])!r}; write 31.12.2009 23:50:00"
-        )
+        date = str(column.iloc[row])
+        raise UserError(f"{path}: row {row + 1} has the date {date!r}; write 31.12.2009 23:50:00")
     far = (stamps - stamps.median()).abs() > pd.Timedelta(days=200 * 365.25)
     if far.any():
         row = int(np.flatnonzero(far)[0])
@@ -125,7 +129,7 @@ def fill_short_gaps(column, longest):
 
 
 def calendar(index):
-    """(N, 4) features that tell the season and the hour: sine and cosine of the year and the day."""
+    """Season and hour as (N, 4) features: sine and cosine of the year and of the day."""
     hour = index.hour.to_numpy() + index.minute.to_numpy() / 60
     year = 2 * np.pi * (index.day_of_year.to_numpy() - 1 + hour / 24) / 365.25
     day = 2 * np.pi * hour / 24
@@ -146,7 +150,10 @@ def harmonics(index, steps_a_day):
 def fit_climatology(design, values):
     """Least squares (K, C) of values (N, C) on the design (N, K), leaving out missing values."""
     there = np.isfinite(values)
-    fits = [np.linalg.lstsq(design[t], v[t], rcond=None)[0] for v, t in zip(values.T, there.T, strict=True)]
+    fits = [
+        np.linalg.lstsq(design[t], v[t], rcond=None)[0]
+        for v, t in zip(values.T, there.T, strict=True)
+    ]
     return np.stack(fits, axis=1)
 
 
@@ -211,11 +218,14 @@ def prepare(args, series, path):
     }
     for part, (starts, _) in parts.items():
         if len(starts) < 5:
+            name = part.replace("_", " ")
             raise UserError(
-                f"{path} is too short: {len(starts)} whole windows for {part.replace('_', ' ')}, at "
-                "least 5 are needed; lower --train-years or name a longer series"
+                f"{path} is too short: {len(starts)} whole windows for {name}, at least 5 are "
+                "needed; lower --train-years or name a longer series"
             )
-    counts = [f"{len(starts)} {part.replace('_', ' ')} (-{out})" for part, (starts, out) in parts.items()]
+    counts = [
+        f"{len(starts)} {part.replace('_', ' ')} (-{out})" for part, (starts, out) in parts.items()
+    ]
     print(f"windows (left out for missing values): {', '.join(counts)}")
     coefficients = fit_climatology(design[:split], values[:split])
     anomalies = values - design @ coefficients
@@ -236,11 +246,12 @@ def network_inputs(anomalies, scale, index):
 # --- linear models ------------------------------------------------------------------------------
 
 
-def fit_ridge(features, targets, train, validation):
-    """Ridge regression in closed form, with the penalty that has the least validation error.
+def fit_ridge(features, targets, train, validation, penalties):
+    """Ridge regression in closed form, with the penalties that have the least validation error.
 
-    features, targets: functions from window starts (n,) to (n, F), the last feature 1, and (n, Q).
-    Returns two matrices (F, Q): fitted to the training windows, and to those of validation too.
+    features, targets: functions from window starts (n,) to (n, F) and (n, Q); penalties: candidates
+    (F,). Returns two matrices (F, Q): fitted to the training windows, and to those of validation
+    too.
     """
 
     def moments(starts):
@@ -251,23 +262,24 @@ def fit_ridge(features, targets, train, validation):
         return gram, moment
 
     def solve(gram, moment, penalty):
-        return np.linalg.solve(gram + penalty * np.diag([1.0] * (len(gram) - 1) + [1e-9]), moment)
+        return np.linalg.solve(gram + np.diag(penalty), moment)
 
     first, second = moments(train), moments(validation)
-    sample = validation[:: max(1, len(validation) // 2000)]
+    sample = validation[:: len(validation) // 2000 + 1]
     X, Y = features(sample), targets(sample)
-    error = {penalty: mean_error(Y, X @ solve(*first, penalty)) for penalty in PENALTIES}
-    best = min(error, key=error.get)
+    best = min(penalties, key=lambda penalty: mean_error(Y, X @ solve(*first, penalty)))
     return solve(*first, best), solve(*(a + b for a, b in zip(first, second, strict=True)), best)
 
 
 def fit_linear_models(weather):
-    """The linear forecast W_xq that the network corrects, and the function of the linear baseline.
+    """The linear forecast W_xq that the network corrects, and the linear baseline.
 
-    Both forecast scaled anomalies; the baseline (starts -> (n, horizon)) is ridge on all columns
-    that the network sees, fitted to all windows of the training years.
+    Both are of scaled anomalies. W_xq (3 (known + 1), horizon), from the temperatures of the
+    training windows, changes with the season as far as validation bears it. The baseline, a
+    function starts -> (n, horizon), is plain ridge on all columns that the network sees, fitted to
+    all windows of the training years.
     """
-    C = len(weather.columns)
+    known, C = weather.known, len(weather.columns)
 
     def seasonal(starts):
         inputs = torch.from_numpy(weather.inputs[weather.past(starts)]).transpose(0, 1).double()
@@ -281,8 +293,12 @@ def fit_linear_models(weather):
         return weather.inputs[weather.future(starts), 0].astype(float)  # (n, horizon)
 
     parts = weather.starts["train"], weather.starts["validation"]
-    W_xq, _ = fit_ridge(seasonal, targets, *parts)
-    _, W = fit_ridge(plain, targets, *parts)
+    free = 1e-9  # of the constants
+    by_season = [
+        np.r_[[p] * known, free, [p * s] * (2 * known + 2)] for p in PENALTIES for s in SEASON
+    ]
+    W_xq, _ = fit_ridge(seasonal, targets, *parts, by_season)
+    _, W = fit_ridge(plain, targets, *parts, [np.r_[[p] * (known * C), free] for p in PENALTIES])
     return torch.from_numpy(W_xq).float(), lambda starts: plain(starts) @ W
 
 
@@ -343,8 +359,8 @@ def train(args, name, weather, data, linear, device):
         model.train()
         own = starts[int(torch.randint(every, ())) :: every]  # other hours in every epoch
         for batch in run.progress(own[torch.randperm(len(own))].split(args.batch_size)):
-            X = inputs[torch.from_numpy(weather.past(batch)).t()]           # (known, B, D)
-            Y = inputs[torch.from_numpy(weather.future(batch)), 0]          # (B, horizon)
+            X = inputs[torch.from_numpy(weather.past(batch)).t()]  # (known, B, D)
+            Y = inputs[torch.from_numpy(weather.future(batch)), 0]  # (B, horizon)
             run.step((model(X) - Y).abs().mean() * scale)
         scores = {"train_mean_error": error(some)}
         scores["validation_mean_error"] = error(weather.starts["validation"])
@@ -381,8 +397,9 @@ def test(run, name, weather, data, linear):
     stamp = " (bundled sample)" if data["source"] == "sample" else ""
     print_errors(entries, NAMES[name], f"{NAMES[name]}, test, epoch {run.best['epoch']}{stamp}")
     draw(run, weather, forecasts, band, NAMES[name], stamp)
-    print(f"results in {run.folder}: open forecasts.png and lead_time.png; forecast with\n"
-          f'  python temp_forecast.py --checkpoint "{run.folder / "best.pt"}" --predict recent.csv')  # fmt: skip
+    print(f"results in {run.folder}: open forecasts.png and lead_time.png; forecast with")
+    best = run.folder / "best.pt"
+    print(f'  python temp_forecast.py --checkpoint "{best}" --predict recent.csv', flush=True)
     return metrics
 
 
@@ -395,14 +412,14 @@ def test_errors(truth, forecasts, band):
         "median_error": median_error(truth, model), "rmse": rmse(truth, model),
         "coverage_80": float(inside.mean()),
         "baselines": {
-            name: {"mean_error": mean_error(truth, values), "median_error": median_error(truth, values)}
-            for name, values in forecasts.items() if name != "model"
+            name: {"mean_error": mean_error(truth, own), "median_error": median_error(truth, own)}
+            for name, own in forecasts.items() if name != "model"
         },
     }  # fmt: skip
 
 
 def print_errors(entries, name, title):
-    """Print errors and skill. Skill: the share of a baseline's mean error that the model removes."""
+    """Print errors, and skill: the share of a baseline's mean error that the model removes."""
     print(f"\n{title}: absolute errors, degC")
     for part, entry in entries.items():
         head = f"{PARTS[part]}, {entry['windows']} windows"
@@ -431,10 +448,10 @@ def write_predictions(path, weather, forecasts, band):
 
 def draw(run, weather, forecasts, band, name, stamp):
     """Draw the curves, six test segments from the best to the worst, and the error by lead time."""
-    plots.draw_curves(run.folder / "curves.png", {f"{name}: mean error without dropout, degC{stamp}": {
-        part: [record[f"{part}_mean_error"] for record in run.history]
-        for part in ("train", "validation")
-    }})  # fmt: skip
+    parts = ("train", "validation")
+    curves = {part: [record[f"{part}_mean_error"] for record in run.history] for part in parts}
+    title = f"{name}: mean error without dropout, degC{stamp}"
+    plots.draw_curves(run.folder / "curves.png", {title: curves})
     starts, model = weather.starts["segments"], forecasts["segments"]["model"]
     errors = np.abs(weather.truth[weather.future(starts)] - model).mean(axis=1)
     windows = []
@@ -459,27 +476,28 @@ def draw(run, weather, forecasts, band, name, stamp):
 
 def compare(args, results, histories):
     """The four structures side by side with the baselines: temp_all/."""
-    folder, metrics = args.out / "temp_all", next(iter(results.values()))
-    pairs = [(part, key) for part in PARTS for key in ("mean_error", "median_error")]
-    rows = []
-    for name, own in results.items():
-        errors = [f"{own['test'][part][key]:.3f}" for part, key in pairs]
-        size, seconds = f"{own['parameters']:,}", f"{own['seconds_per_epoch']:.1f}"
-        rows.append([NAMES[name], *errors, size, seconds, own["best_epoch"]])
+    folder, rows = args.out / "temp_all", []
+
+    def errors_of(entries):
+        names = {"mean": "mean_error", "median": "median_error"}
+        return {f"{part}, {k}": entries[part][v] for part in PARTS for k, v in names.items()}
+
+    for name, metrics in results.items():
+        row = {"model": NAMES[name]} | errors_of(metrics["test"])
+        row |= {key: metrics[key] for key in ("parameters", "seconds_per_epoch", "best_epoch")}
+        rows.append(row)
     for name in metrics["test"]["segments"]["baselines"]:
-        errors = [f"{metrics['test'][part]['baselines'][name][key]:.3f}" for part, key in pairs]
-        rows.append([name.replace("_", " "), *errors, "", "", ""])
-    header = ["model", "segments: mean", "median", "daily origins: mean", "median", "parameters",
-              "s/epoch", "best epoch"]  # fmt: skip
+        entries = {part: metrics["test"][part]["baselines"][name] for part in PARTS}
+        rows.append({"model": name} | errors_of(entries))
     stamp = "Bundled sample, made-up data. " if metrics["data"]["source"] == "sample" else ""
     content = {NAMES[name]: own for name, own in results.items()}
     note = f"{stamp}Absolute errors on the test years, degC."
-    training.write_comparison(folder, header, rows, content, note)
-    plots.draw_curves(folder / "comparison.png", {
-        title: {NAMES[name]: [record[key] for record in history] for name, history in histories.items()}
-        for title, key in (("training mean error, degC", "train_mean_error"),
-                           ("validation mean error, degC", "validation_mean_error"))
-    })  # fmt: skip
+    training.write_comparison(folder, rows, content, note)
+    keys = {"training": "train_mean_error", "validation": "validation_mean_error"}
+    panels = training.history_panels(
+        histories, {f"{k} mean error, degC": v for k, v in keys.items()}
+    )
+    plots.draw_curves(folder / "comparison.png", panels)
     print(f"comparison in {folder}: open comparison.png")
 
 
@@ -493,7 +511,9 @@ def predict(args, device):
         options = saved["options"]
         freq, known, horizon = options["freq"], options["known"], options["horizon"]
         steps_a_day, columns = STEPS_A_DAY[freq], options["columns"]
-        coefficients, scale, band = (np.array(saved[key], float) for key in ("climatology", "scale", "band"))
+        coefficients, scale, band = (
+            np.array(saved[key], float) for key in ("climatology", "scale", "band")
+        )
         if not all(np.isfinite(numbers).all() for numbers in (coefficients, scale, band)):
             raise ValueError("numbers that are not finite")
         model = build_model(options)

@@ -184,7 +184,9 @@ def encode(cuts, vocabularies):
         aspects.append(np.repeat(ids(words, "word"), lengths))
         aspects.append(ids(chain.from_iterable(map(pairs, cuts)), "pair"))
         places = {n: [1] if n == 1 else [2, *[3] * (n - 2), 4] for n in set(lengths.tolist())}
-        aspects.append(np.fromiter(chain.from_iterable(map(places.get, lengths.tolist())), np.int32))
+        aspects.append(
+            np.fromiter(chain.from_iterable(map(places.get, lengths.tolist())), np.int32)
+        )
     return np.stack(aspects, axis=1), counts
 
 
@@ -212,10 +214,10 @@ class Corpus:
     def batch(self, rows):
         """tokens (T, B, aspects), padded with 0 to the longest, lengths (B,) and labels (B,)."""
         lengths = self.lengths[rows]
-        steps = torch.arange(int(lengths.max()), device=self.device)[:, None]   # (T, 1)
+        steps = torch.arange(int(lengths.max()), device=self.device)[:, None]  # (T, 1)
         rows, lengths = rows.to(self.device), lengths.to(self.device)
-        padding = steps >= lengths                                              # (T, B)
-        index = torch.where(padding, 0, self.firsts[rows] + steps)              # (T, B)
+        padding = steps >= lengths  # (T, B)
+        index = torch.where(padding, 0, self.firsts[rows] + steps)  # (T, B)
         tokens = self.ids[index].masked_fill(padding[:, :, None], PAD)
         return tokens, lengths, self.labels[rows]
 
@@ -255,8 +257,8 @@ def score(model, corpus, reviews, rows):
 
 def train(args, name, reviews, corpus, vocabularies):
     """Train one structure; returns its run, or None in all but the first of several processes."""
-    options = {key: getattr(args, key) for key in
-               ("tokens", "embedding", "hidden", "pool", "dropout", "loops", "max_tokens")}  # fmt: skip
+    kept = ("tokens", "embedding", "hidden", "pool", "dropout", "loops", "max_tokens")
+    options = {key: getattr(args, key) for key in kept}
     config = {
         "task": "text", "options": {"model": name, **options}, "vocabularies": vocabularies,
         "labels": reviews.classes, "sha256": reviews.data["sha256"],
@@ -307,8 +309,9 @@ def test(run, name, reviews, corpus):
     plots.draw_confusion(
         run.folder / "confusion.png", matrix, reviews.classes, f"{NAMES[name]}{stamp}"
     )
-    print(f"results in {run.folder}: open curves.png and confusion.png; classify a text with\n"
-          f'  python text_classify.py --checkpoint "{run.folder / "best.pt"}" --predict "..."')  # fmt: skip
+    print(f"results in {run.folder}: open curves.png and confusion.png; classify a text with")
+    best = run.folder / "best.pt"
+    print(f'  python text_classify.py --checkpoint "{best}" --predict "..."', flush=True)
     return {"metrics": metrics, "history": run.history, "probabilities": p}
 
 
@@ -347,10 +350,11 @@ def write_predictions(path, reviews, p):
     """Write each test row's number in the file, truth, prediction, its probability, and text."""
     rows, best = reviews.split["test"].tolist(), p.max(dim=1)
     header = ["row", "label", "predicted", "probability", "text"]
-    training.write_csv(path, header, (
-        (row + 1, reviews.classes[reviews.labels[row]], reviews.classes[k], f"{share:.4f}", reviews.texts[row])
-        for row, k, share in zip(rows, best.indices.tolist(), best.values.tolist(), strict=True)
-    ))  # fmt: skip
+    table = []
+    for row, k, share in zip(rows, best.indices.tolist(), best.values.tolist(), strict=True):
+        names = reviews.classes[reviews.labels[row]], reviews.classes[k]
+        table.append([row + 1, *names, f"{share:.4f}", reviews.texts[row]])
+    training.write_csv(path, header, table)
 
 
 # --- comparison ---------------------------------------------------------------------------------
@@ -372,20 +376,20 @@ def gradient_reach(model, corpus, rows):
     params, *params_b = [[*part, *identity] for part in recurrence.directions()]
     for batch in corpus.by_length(rows, 64):
         tokens, lengths, labels = corpus.batch(batch)
-        inputs = model.embed(tokens).detach()                               # (T, B, D)
+        inputs = model.embed(tokens).detach()  # (T, B, D)
         state = init_state(one_direction, len(batch), h, corpus.device)
         H = []
         for X in inputs:
             _, state = CELLS[one_direction](X[None], state, params)
             H.append(state[0])
             state[0].retain_grad()
-        states = torch.stack(H)                                             # (T, B, h)
+        states = torch.stack(H)  # (T, B, h)
         if cell == "bi_lstm":
             state = init_state("lstm", len(batch), h, corpus.device)
             H_b, _ = CELLS["lstm"](reverse(inputs, lengths), state, params_b[0])
             states = torch.cat([states, reverse(H_b, lengths)], dim=2)
         F.cross_entropy(model.classify(states, lengths), labels, reduction="sum").backward()
-        norms = torch.stack([H_t.grad.norm(dim=1) for H_t in H])            # (T, B)
+        norms = torch.stack([H_t.grad.norm(dim=1) for H_t in H])  # (T, B)
         back = lengths - 1 - torch.arange(REACH, device=corpus.device)[:, None]  # (REACH, B)
         total += norms.gather(0, back).sum(dim=1).cpu()
         model.zero_grad()
@@ -394,33 +398,27 @@ def gradient_reach(model, corpus, rows):
 
 def compare(args, reviews, results, reach):
     """The four structures side by side, and the mean of their probabilities: text_all/."""
-    folder = args.out / "text_all"
-    rows = []
+    folder, rows = args.out / "text_all", []
     for name, result in results.items():
         metrics, f1 = result["metrics"], [r["validation_f1_macro"] for r in result["history"]]
-        to_95 = next(i for i, value in enumerate(f1, 1) if value >= 0.95 * max(f1))
-        rows.append({
-            "model": NAMES[name], **{key: metrics["test"][key] for key in SCORES},
-            **{key: metrics[key] for key in ("parameters", "seconds_per_epoch", "best_epoch")},
-            "epochs_to_95_percent": to_95,
-        })  # fmt: skip
+        row = {"model": NAMES[name]} | {key: metrics["test"][key] for key in SCORES}
+        row |= {key: metrics[key] for key in ("parameters", "seconds_per_epoch", "best_epoch")}
+        row["epochs_to_95_percent"] = [value >= 0.95 * max(f1) for value in f1].index(True) + 1
+        rows.append(row)
     mean = torch.stack([result["probabilities"] for result in results.values()]).mean(dim=0)
     scores = test_scores(reviews, mean)[1]
-    parameters = sum(row["parameters"] for row in rows)
-    rows.append({"model": "mean of the four", **{key: scores[key] for key in SCORES}, "parameters": parameters})
-    header = ["model", "accuracy", "precision", "recall", "F1", "parameters", "s/epoch", "best epoch", "epochs to 95 %"]
-    formats = {"parameters": "{:,}", "seconds_per_epoch": "{:.1f}"} | dict.fromkeys(SCORES, "{:.4f}")
-    table = [[formats.get(key, "{}").format(row.get(key, "")) if key in row else "" for key in rows[0]] for row in rows]
-    stamp = "Bundled sample, made-up data. " if reviews.data["source"] == "sample" else ""
+    total = sum(row["parameters"] for row in rows)
+    rows.append({"model": "mean of the four"} | {key: scores[key] for key in SCORES})
+    rows[-1]["parameters"] = total
     reach = {NAMES[name]: values for name, values in reach.items()}
-    content = {"argv": sys.argv[1:], "seed": args.seed, "data": reviews.data, "rows": rows, "gradient_reach": reach}
+    content = {"argv": sys.argv[1:], "seed": args.seed, "data": reviews.data}
+    content |= {"rows": rows, "gradient_reach": reach}
+    stamp = "Bundled sample, made-up data. " if reviews.data["source"] == "sample" else ""
     note = f"{stamp}Test rows; precision, recall and F1 are macro averages."
-    training.write_comparison(folder, header, table, content, note)
-    histories = {NAMES[name]: result["history"] for name, result in results.items()}
-    plots.draw_curves(folder / "comparison.png", {
-        title: {name: [record[key] for record in history] for name, history in histories.items()}
-        for title, key in (("validation cross-entropy", "validation_loss"), ("validation macro-F1", "validation_f1_macro"))
-    })  # fmt: skip
+    training.write_comparison(folder, rows, content, note)
+    histories = {name: result["history"] for name, result in results.items()}
+    keys = {"validation cross-entropy": "validation_loss", "macro-F1": "validation_f1_macro"}
+    plots.draw_curves(folder / "comparison.png", training.history_panels(histories, keys))
     plots.draw_gradients(folder / "gradients.png", reach, f"--pool {args.pool}, validation texts")
     print(f"comparison in {folder}: open comparison.png and gradients.png")
 
@@ -455,7 +453,10 @@ def predict(args, device):
     """Print label, probability and text of one text, or of each line of the standard input."""
     saved = training.load_checkpoint(args.checkpoint, "text")
     with training.refuse_damaged(args.checkpoint):
-        vocabularies, labels = saved["vocabularies"], [on_one_line(label) for label in saved["labels"]]
+        vocabularies, labels = (
+            saved["vocabularies"],
+            [on_one_line(label) for label in saved["labels"]],
+        )
         model = build_model(saved["options"], vocabularies, len(labels))
         training.load_weights(model.to(device), saved["weights"])
         max_tokens = number(int, 1, 10_000)(saved["options"]["max_tokens"])
@@ -468,7 +469,9 @@ def predict(args, device):
             ids, counts = encode(cut_words(texts), vocabularies)
             corpus = Corpus(ids, counts, np.zeros(len(texts), np.int64), max_tokens, device)
             best = probabilities(model, corpus, torch.arange(len(texts))).max(dim=1)
-            for text, share, k in zip(texts, best.values.tolist(), best.indices.tolist(), strict=True):
+            for text, share, k in zip(
+                texts, best.values.tolist(), best.indices.tolist(), strict=True
+            ):
                 print(labels[k], f"{share:.4f}", on_one_line(text), sep="\t")
         sys.stdout.flush()
 

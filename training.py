@@ -1,4 +1,4 @@
-"""What both scripts share: options, device, a run's folder with its checkpoints, and the way out."""
+"""What both scripts share: options, device, a run with its folder and checkpoints, the way out."""
 
 import argparse
 import contextlib
@@ -66,8 +66,8 @@ def make_parser(description, **defaults):
     add("--model", choices=[*CELLS, "all"], help="the recurrence, or all four one after another")
     add("--loops", choices=LOOPS, help="gradients by hand (fast), or the lecture's loops (plain)")
     add("--epochs", type=number(int, 1, 10_000), help="passes over the training data at most")
-    add("--patience", type=number(int, 0, 10_000), help="stop after so many epochs without a better "
-        "validation score; 0: never")  # fmt: skip
+    add("--patience", type=number(int, 0, 10_000), help="stop after so many epochs without a "
+        "better validation score; 0: never")  # fmt: skip
     add("--batch-size", type=number(int, 1, 100_000), help="sequences in one step")
     add("--hidden", type=number(int, 1, 8192), help="hidden units h of one direction")
     add("--dropout", type=share, help="share of inputs and of pooled states set to zero")
@@ -104,11 +104,11 @@ def parse(parser, arguments=None, presets=None):
         args = parser.parse_args(arguments)
     if (args.predict is None) != (args.checkpoint is None):
         raise UserError("--predict and --checkpoint belong together; give both, or none to train")
-    for name, value in vars(args).items():
-        if args.predict is not None and name not in ("predict", "checkpoint", "device", "out"):
-            if value != parser.get_default(name):
-                option = name.replace("_", "-")
-                raise UserError(f"--{option} has no effect on --predict; leave it out")
+    given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+    useless = [name for name in given if name not in ("predict", "checkpoint", "device")]
+    if args.predict is not None and useless:
+        option = useless[0].replace("_", "-")
+        raise UserError(f"--{option} has no effect on --predict; leave it out")
     return args
 
 
@@ -121,8 +121,10 @@ def pick_device(name):
         if torch.cuda.is_available():
             return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if torch.version.cuda is None and shutil.which("nvidia-smi"):
-            print("This torch is built without CUDA, so the NVIDIA card is not used; for a build "
-                  "that uses it see https://pytorch.org/get-started/locally", file=sys.stderr)  # fmt: skip
+            page = "https://pytorch.org/get-started/locally"
+            print(
+                f"the NVIDIA card is not used: this torch has no CUDA; see {page}", file=sys.stderr
+            )
         return torch.device("cpu")
     try:
         device = torch.device(name)
@@ -145,7 +147,7 @@ def seed_all(*numbers):
 
 
 def join_processes(device):
-    """Under torchrun: join the other processes (NCCL on GPUs, gloo on CPUs); only the first prints."""
+    """Join torchrun's other processes (NCCL on GPUs, gloo on CPUs); only the first prints."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not distributed.is_initialized():
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if not is_first():
@@ -202,7 +204,9 @@ def hold_folder(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "ab")  # noqa: SIM115 - held open on purpose
     except OSError as error:
-        raise UserError(f"cannot write into {folder}: {error.strerror}; name another --out") from error
+        raise UserError(
+            f"cannot write into {folder}: {error.strerror}; name another --out"
+        ) from error
     try:
         if os.name == "nt":
             import msvcrt
@@ -214,7 +218,9 @@ def hold_folder(folder):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         lock.close()
-        raise UserError(f"another run writes into {folder}; wait for it, or name another --out") from None
+        raise UserError(
+            f"another run writes into {folder}; wait for it, or name another --out"
+        ) from None
     return lock
 
 
@@ -224,7 +230,9 @@ def clear_folder(folder):
         try:
             (folder / name).unlink(missing_ok=True)
         except OSError as error:
-            raise UserError(f"cannot replace {folder / name}: {error.strerror}; close it") from error
+            raise UserError(
+                f"cannot replace {folder / name}: {error.strerror}; close it"
+            ) from error
 
 
 def write_json(path, content):
@@ -253,6 +261,11 @@ def markdown_table(header, rows):
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
+def show(value):
+    """A table's cell: whole numbers in full, others with four digits."""
+    return f"{value:#.4g}" if isinstance(value, float) else f"{value}"
+
+
 def save_checkpoint(path, **content):
     """Write a checkpoint whole: plain values and tensors only, so that `weights_only` loads it."""
     packed = io.BytesIO()  # torch.save reports a full disk in its own words; a write raises OSError
@@ -272,9 +285,13 @@ def load_checkpoint(path, task):
         damaged = zipfile.ZipFile(path).testzip()  # compares every part with its check sum
         content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes raise whatever they lead to
-        raise UserError(f"{path} is no checkpoint of this project, or damaged; train again") from error
+        raise UserError(
+            f"{path} is no checkpoint of this project, or damaged; train again"
+        ) from error
     if not isinstance(content, dict) or content.get("task") != task:
-        raise UserError(f"{path} is damaged or no best.pt of this script; name another, or train again")
+        raise UserError(
+            f"{path} is damaged or no best.pt of this script; name another, or train again"
+        )
     if content.get("format") != FORMAT:
         raise UserError(f"{path} is of another version of this program; train again")
     return content
@@ -285,7 +302,14 @@ def refuse_damaged(path):
     """Turn what goes wrong when a checkpoint's content is used into one line for the user."""
     try:
         yield
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} does not fit this program ({reason}); train again") from error
 
@@ -374,13 +398,15 @@ class Run:
             raise UserError("an epoch has no batch; lower --batch-size or the number of processes")
         self.steps_in_epoch, self.step_in_epoch, start = len(batches), 0, time.perf_counter()
         title = f"epoch {self.epoch}/{self.args.epochs}"
-        self.bar = tqdm(batches, title, unit="step", disable=None if is_first() else True, leave=False)
+        self.bar = tqdm(
+            batches, title, unit="step", disable=None if is_first() else True, leave=False
+        )
         yield from self.bar
         self.averaged.update_parameters(self.model)
         self.seconds = time.perf_counter() - start
 
     def rate(self):
-        """The learning rate of this step: up to --lr over half an epoch, then down to a twentieth."""
+        """The learning rate of this step: up to --lr in half an epoch, then down to a twentieth."""
         done = (self.epoch - 1) + (self.step_in_epoch + 1) / self.steps_in_epoch  # epochs
         if not self.args.descent:
             return self.args.lr
@@ -434,7 +460,9 @@ class Run:
             return
         if better:
             weights = self.averaged.module.state_dict()
-            save_checkpoint(self.folder / "best.pt", **self.config, epoch=self.epoch, weights=weights)
+            save_checkpoint(
+                self.folder / "best.pt", **self.config, epoch=self.epoch, weights=weights
+            )
         save_checkpoint(
             self.folder / "last.pt", task=self.config["task"], config=self.config,
             options=self.options, history=self.history, best=self.best, steps=self.steps,
@@ -442,7 +470,9 @@ class Run:
             optimizer=self.optimizer.state_dict(),
         )  # fmt: skip
         self.write_history()
-        numbers = "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in scores.items())
+        numbers = "  ".join(
+            f"{name.replace('_', ' ')} {value:.4f}" for name, value in scores.items()
+        )
         mark = "  *" if better else ""
         print(f"epoch {self.epoch:2}  {numbers}  {self.seconds:.0f} s{mark}", flush=True)
 
@@ -473,9 +503,18 @@ class Run:
         return metrics
 
 
-def write_comparison(folder, header, rows, content, note):
-    """Write comparison.md (a note and a table) and comparison.json; print the table."""
-    table = markdown_table(header, rows)
+def history_panels(histories, keys):
+    """Panels for `plots.draw_curves`: of each key {title: column}, a curve for each structure."""
+    return {
+        title: {NAMES[name]: [record[key] for record in rows] for name, rows in histories.items()}
+        for title, key in keys.items()
+    }
+
+
+def write_comparison(folder, rows, content, note):
+    """Write comparison.md (a note and the table of rows, dicts) and comparison.json; print both."""
+    header = [name.replace("_", " ") for name in rows[0]]
+    table = markdown_table(header, [[show(row.get(name, "")) for name in rows[0]] for row in rows])
     with whole_file(folder / "comparison.md", "w", encoding="utf-8") as stream:
         stream.write(f"{note}\n\n{table}\n")
     write_json(folder / "comparison.json", content)

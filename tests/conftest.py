@@ -1,4 +1,4 @@
-"""What the tests share: the project on the path, and its scripts called as a user calls them."""
+"""What the tests share: the project on the path, its scripts called as a user calls them, no network."""
 
 import os
 import subprocess
@@ -9,19 +9,47 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+for name in ("HTTPS_PROXY", "HTTP_PROXY", "http_proxy", "RNN_DATA_DIR"):
+    os.environ.pop(name, None)
+# No server answers at port 9: a script without --data finds no real file and uses the sample.
+os.environ |= {"https_proxy": "http://127.0.0.1:9", "no_proxy": "127.0.0.1"}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_data_folder(tmp_path_factory):
+    """Downloads and caches of the tests go into a folder of their own, not into data/."""
+    import datasets
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, "DATA_DIR", tmp_path_factory.mktemp("data"))
+        yield
+
+
+@pytest.fixture(scope="session")
+def call():
+    """Run a script's main in this process: call(text_classify, "--epochs", 1) -> its exit status."""
+    import training
+
+    def run(module, *arguments):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [module.__file__, *map(str, arguments)])
+            try:
+                training.run_script(module.main)
+            except SystemExit as stop:
+                return stop.code
+            return 0
+
+    return run
 
 
 @pytest.fixture(scope="session")
 def script():
-    """Run a script of the project in a process of its own: script("temp_forecast.py", "--epochs", 1)."""
+    """Run a script in a process of its own: script("temp_forecast.py", "--epochs", 1)."""
 
     def run(*arguments, **options):
-        # No server answers at port 9, so that the tests never download: without --data they use the bundled sample.
-        environment = {**os.environ, "https_proxy": "http://127.0.0.1:9", **options.pop("env", {})}
-        environment.pop("RNN_DATA_DIR", None)
-        return subprocess.run(
-            [sys.executable, ROOT / arguments[0], *map(str, arguments[1:])],
-            capture_output=True, encoding="utf-8", env=environment, timeout=170, **options,
-        )  # fmt: skip
+        command = [sys.executable, ROOT / arguments[0], *map(str, arguments[1:])]
+        options = {"capture_output": True, "encoding": "utf-8", "timeout": 170} | options
+        options["env"] = os.environ | options.get("env", {})
+        return subprocess.run(command, **options)
 
     return run

@@ -151,7 +151,9 @@ def server():
 
 
 def test_a_download_arrives_whole_and_verified(server, tmp_path):
-    path = download(f"{server}/good", tmp_path / "data" / "corpus.zip", hashlib.sha256(BODY).hexdigest())
+    path = download(
+        f"{server}/good", tmp_path / "data" / "corpus.zip", hashlib.sha256(BODY).hexdigest()
+    )
     assert path.read_bytes() == BODY and [p.name for p in path.parent.iterdir()] == ["corpus.zip"]
 
 
@@ -164,7 +166,9 @@ def test_failed_downloads_leave_nothing_and_say_why(server, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("path", "message"), [("/good", "SHA-256"), ("/redirect", "not an https address")], ids=["hash", "redirect"]
+    ("path", "message"),
+    [("/good", "SHA-256"), ("/redirect", "not an https address")],
+    ids=["hash", "redirect"],
 )
 def test_suspicious_downloads_are_refused(server, tmp_path, path, message):
     with pytest.raises(UserError, match=message):
@@ -172,7 +176,9 @@ def test_suspicious_downloads_are_refused(server, tmp_path, path, message):
     assert list((tmp_path / "data").iterdir()) == []
 
 
-@pytest.mark.parametrize("url", ["http://example.invalid/x", "ftp://127.0.0.1/x", "file:///etc/passwd"])
+@pytest.mark.parametrize(
+    "url", ["http://example.invalid/x", "ftp://127.0.0.1/x", "file:///etc/passwd"]
+)
 def test_only_https_leaves_this_machine(tmp_path, url):
     with pytest.raises(UserError, match="https"):
         download(url, tmp_path / "x")
@@ -194,7 +200,10 @@ def test_a_download_that_is_too_large_is_stopped(server, tmp_path, monkeypatch):
 
 
 def test_two_downloads_at_once_both_end_well(server, tmp_path):
-    threads = [threading.Thread(target=download, args=(f"{server}/good", tmp_path / "corpus.zip")) for _ in range(4)]
+    threads = [
+        threading.Thread(target=download, args=(f"{server}/good", tmp_path / "corpus.zip"))
+        for _ in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -208,7 +217,9 @@ def test_load_downloads_once_and_falls_back_to_the_sample(server, tmp_path, monk
     digest = hashlib.sha256(BODY).hexdigest()
     good = Dataset("corpus.zip", f"{server}/good", digest, samples.reviews, REVIEWS.options)
     assert load(good)[1]["source"] == "download" and load(good)[1]["source"] == "file"
-    frame, data = load(Dataset("other.zip", f"{server}/404", digest, samples.reviews, REVIEWS.options))
+    frame, data = load(
+        Dataset("other.zip", f"{server}/404", digest, samples.reviews, REVIEWS.options)
+    )
     assert data["source"] == "sample" and len(frame) == data["rows"] == 2000
     output = capsys.readouterr().out
     assert "BUNDLED SAMPLE" in output and "404" in output

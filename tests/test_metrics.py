@@ -57,7 +57,11 @@ def test_scores_do_not_depend_on_the_scale_of_the_matrix():
 def test_perfect_predictions_score_one():
     matrix = confusion_matrix([0, 1, 2], [0, 1, 2], 3)
     assert accuracy(matrix) == 1.0
-    assert precision_recall_f1(matrix, "macro") == precision_recall_f1(matrix, "weighted") == (1.0, 1.0, 1.0)
+    assert (
+        precision_recall_f1(matrix, "macro")
+        == precision_recall_f1(matrix, "weighted")
+        == (1.0, 1.0, 1.0)
+    )
 
 
 def test_errors_by_hand():
@@ -90,7 +94,14 @@ def test_unfit_errors_are_refused(measure, truth, forecast):
 
 @pytest.mark.parametrize(
     ("truth", "guess"),
-    [([], []), ([0, 1], [0]), ([[0]], [[0]]), ([0, 4], [0, 0]), ([0, 0], [-1, 0]), ([0.0, 1.0], [0.0, 1.0])],
+    [
+        ([], []),
+        ([0, 1], [0]),
+        ([[0]], [[0]]),
+        ([0, 4], [0, 0]),
+        ([0, 0], [-1, 0]),
+        ([0.0, 1.0], [0.0, 1.0]),
+    ],
 )
 def test_unfit_labels_are_refused(truth, guess):
     with pytest.raises(ValueError):
@@ -98,7 +109,8 @@ def test_unfit_labels_are_refused(truth, guess):
 
 
 @pytest.mark.parametrize(
-    "matrix", [np.zeros((2, 2)), np.ones((2, 3)), np.ones(4), [[1, -1], [0, 1]], [[np.nan, 1], [1, 1]]]
+    "matrix",
+    [np.zeros((2, 2)), np.ones((2, 3)), np.ones(4), [[1, -1], [0, 1]], [[np.nan, 1], [1, 1]]],
 )
 def test_unfit_matrices_are_refused(matrix):
     with pytest.raises(ValueError):

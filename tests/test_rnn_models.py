@@ -1,366 +1,645 @@
-"""The recurrences against numbers worked out by hand, torch's own layers, a NumPy re-derivation, and properties."""
+"""The four cells: shapes, steps by hand, torch's own layers, properties; then the two models."""
 
 import ast
+import copy
+import math
+import pickle
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
 
 import rnn_models
 from rnn_models import (
-    GATES,
-    POOLS,
-    TextClassifier,
-    bi_lstm,
-    grad_clipping,
-    gru,
-    hidden_states,
-    init_params,
-    init_state,
-    lstm,
-    param_names,
-    pool_states,
-    reverse,
-    rnn,
-)
+    POOLS, Forecaster, Recurrence, TextClassifier, bi_lstm, grad_clipping, gru, init_params,
+    init_state, lstm, param_names, pool_states, reverse, rnn,
+)  # fmt: skip
 
 CELLS = {"rnn": rnn, "gru": gru, "lstm": lstm, "bi_lstm": bi_lstm}
+T, B, D, h, Q = 7, 5, 4, 6, 3
+LENGTHS = torch.tensor([7, 1, 4, 6, 2])
+
+all_cells = pytest.mark.parametrize("cell", CELLS)
+both_loops = pytest.mark.parametrize("loops", ["fast", "plain"])
+
+# --- shapes -------------------------------------------------------------------------------------
 
 
-def column(*numbers):
-    """Inputs (T, 1, 1) of one sequence with one input a step."""
-    return torch.tensor(numbers, dtype=torch.float64).reshape(-1, 1, 1)
+@pytest.mark.parametrize(
+    ("cell", "state_shapes"),
+    [
+        ("rnn", ((B, h),)),
+        ("gru", ((B, h),)),
+        ("lstm", ((B, h), (B, h))),
+        ("bi_lstm", (((B, h), (B, h)), ((B, h), (B, h)))),
+    ],
+)
+def test_outputs_are_T_B_Q_and_the_state_keeps_its_form(cell, state_shapes):
+    def shapes(state):
+        return tuple(shapes(s) if isinstance(s, tuple) else tuple(s.shape) for s in state)
+
+    first = init_state(cell, B, h)
+    outputs, last = CELLS[cell](torch.randn(T, B, D), first, init_params(cell, D, h, Q))
+    assert outputs.shape == (T, B, Q)
+    assert shapes(first) == shapes(last) == state_shapes
 
 
-def scalars(*numbers):
-    """A parameter list for D = h = Q = 1: biases are vectors, weights 1 x 1, in threes W_x, W_h, b, then W_hq, b_q."""
-    is_bias = [i % 3 == 2 for i in range(len(numbers) - 2)] + [False, True]
-    return [
-        torch.tensor([n], dtype=torch.float64).reshape((1,) if bias else (1, 1))
-        for n, bias in zip(numbers, is_bias, strict=True)
-    ]
+# --- two steps by hand --------------------------------------------------------------------------
+# One sequence, one input, one unit, one output: X = 1, then -2; H = 0.5 at the start; Y = 2 H - 1.
 
 
-ONE = torch.ones(1, 1, dtype=torch.float64)
+def s(a):
+    """The logistic sigmoid."""
+    return 1 / (1 + math.exp(-a))
 
 
-# --- by hand: D = h = Q = 1, two steps, four decimals -----------------------------------------------------------------
+def number(n):
+    return torch.tensor([[n]], dtype=torch.float64)  # (1, 1)
+
+
+X = torch.tensor([[[1.0]], [[-2.0]]], dtype=torch.float64)  # (T, B, D) = (2, 1, 1)
+
+
+def scalars(*rows):
+    """W_x, W_h, b of each gate, then W_hq and b_q: weights (1, 1) and biases (1,)."""
+    numbers = [*sum(rows, ()), 2, -1]
+    bias = [i % 3 == 2 for i in range(len(numbers) - 2)] + [False, True]
+    return [number(n)[0] if b else number(n) for n, b in zip(numbers, bias, strict=True)]
 
 
 def test_rnn_by_hand():
-    # W_xh 0.5, W_hh 0.4, b_h 0.1, W_hq 2, b_q -1; X = 1, -1; H_0 = 1
-    # H_1 = tanh(0.5 + 0.4 + 0.1) = tanh(1) = 0.76159
-    # H_2 = tanh(-0.5 + 0.4 * 0.76159 + 0.1) = tanh(-0.09536) = -0.09508
-    # Y = 2 H - 1: 0.52319, -1.19015
-    outputs, (H,) = rnn(column(1, -1), (ONE,), scalars(0.5, 0.4, 0.1, 2, -1))
-    assert outputs.flatten().tolist() == pytest.approx([0.52319, -1.19015], abs=2e-5)
-    assert H.item() == pytest.approx(-0.09508, abs=2e-5)
+    H1 = math.tanh(0.5 * 1 + 0.4 * 0.5 + 0.1)  # tanh(0.8) = 0.66404
+    H2 = math.tanh(0.5 * -2 + 0.4 * H1 + 0.1)  # tanh(-0.63439) = -0.56106
+    outputs, (H,) = rnn(X, (number(0.5),), scalars((0.5, 0.4, 0.1)))
+    assert outputs.flatten().tolist() == pytest.approx([2 * H1 - 1, 2 * H2 - 1])
+    assert outputs.flatten().tolist() == pytest.approx([0.32807, -2.12213], abs=1e-5)
+    assert H.item() == pytest.approx(-0.56106, abs=1e-5)
 
 
 def test_gru_by_hand():
-    # z: 1, 0, 0;  r: 0, 1, 0;  h: 0.5, 2, 0;  W_hq 1, b_q 0; X = 1, 0; H_0 = 1
-    # Step 1: Z = s(1) = 0.73106, R = s(1) = 0.73106, H~ = tanh(0.5 + 2 * 0.73106) = tanh(1.96212) = 0.96124
-    #         H = 0.73106 * 1 + 0.26894 * 0.96124 = 0.98958
-    # Step 2: Z = s(0) = 0.5, R = s(0.98958) = 0.72900, H~ = tanh(2 * 0.72900 * 0.98958) = tanh(1.44280) = 0.89431
-    #         H = 0.5 * 0.98958 + 0.5 * 0.89431 = 0.94194
-    outputs, (H,) = gru(column(1, 0), (ONE,), scalars(1, 0, 0, 0, 1, 0, 0.5, 2, 0, 1, 0))
-    assert outputs.flatten().tolist() == pytest.approx([0.98958, 0.94194], abs=3e-5)
-    assert H.item() == pytest.approx(0.94194, abs=3e-5)
+    Z = s(0.6 * 1 - 0.4 * 0.5 + 0.2)  # s(0.6) = 0.64566
+    R = s(-0.5 * 1 + 0.8 * 0.5 + 0.3)  # s(0.2) = 0.54983
+    H_tilde = math.tanh(0.7 * 1 + 0.9 * (R * 0.5) - 0.1)  # tanh(0.84743) = 0.68972
+    H1 = Z * 0.5 + (1 - Z) * H_tilde  # 0.56723
+    Z = s(0.6 * -2 - 0.4 * H1 + 0.2)  # s(-1.22689) = 0.22673
+    R = s(-0.5 * -2 + 0.8 * H1 + 0.3)  # s(1.75378) = 0.85243
+    H_tilde = math.tanh(0.7 * -2 + 0.9 * (R * H1) - 0.1)  # tanh(-1.06483) = -0.78751
+    H2 = Z * H1 + (1 - Z) * H_tilde  # -0.48035
+    params = scalars((0.6, -0.4, 0.2), (-0.5, 0.8, 0.3), (0.7, 0.9, -0.1))
+    outputs, (H,) = gru(X, (number(0.5),), params)
+    assert outputs.flatten().tolist() == pytest.approx([2 * H1 - 1, 2 * H2 - 1])
+    assert outputs.flatten().tolist() == pytest.approx([0.13445, -1.96071], abs=1e-5)
+    assert H.item() == pytest.approx(-0.48035, abs=1e-5)
 
 
-# i: 1, 0, 0;  f: 0, 0, 1;  o: 0, 1, 0;  c: 0.5, 0.5, 0
-LSTM_GATES = (1, 0, 0, 0, 0, 1, 0, 1, 0, 0.5, 0.5, 0)
+LSTM_ROWS = (0.6, -0.4, 0.2), (-0.5, 0.8, 0.3), (0.3, 0.5, -0.2), (0.7, 0.9, -0.1)  # i, f, o, c
+
+
+def lstm_step(X, H, C):
+    I = s(0.6 * X - 0.4 * H + 0.2)
+    F = s(-0.5 * X + 0.8 * H + 0.3)
+    O = s(0.3 * X + 0.5 * H - 0.2)
+    C_tilde = math.tanh(0.7 * X + 0.9 * H - 0.1)
+    C = F * C + I * C_tilde
+    return O * math.tanh(C), C
 
 
 def test_lstm_by_hand():
-    # X = 1, 0; H_0 = 0, C_0 = 1; F = s(1) = 0.73106 throughout
-    # Step 1: I = s(1) = 0.73106, O = s(0) = 0.5, C~ = tanh(0.5) = 0.46212
-    #         C = 0.73106 + 0.73106 * 0.46212 = 1.06890, H = 0.5 * tanh(1.06890) = 0.5 * 0.78909 = 0.39455
-    # Step 2: I = s(0) = 0.5, O = s(0.39455) = 0.59738, C~ = tanh(0.19727) = 0.19475
-    #         C = 0.73106 * 1.06890 + 0.5 * 0.19475 = 0.87880, H = 0.59738 * tanh(0.87880) = 0.59738 * 0.70582 = 0.42164
-    outputs, (H, C) = lstm(column(1, 0), (0 * ONE, ONE), scalars(*LSTM_GATES, 10, 1))
-    assert outputs.flatten().tolist() == pytest.approx([4.9455, 5.2164], abs=3e-4)
-    assert (H.item(), C.item()) == pytest.approx((0.42164, 0.87880), abs=3e-5)
+    # From H = 0.5, C = -1: I = s(0.6) = 0.64566, F = s(0.2) = 0.54983, O = s(0.35) = 0.58662,
+    # C~ = tanh(1.05) = 0.78181, C = -0.54983 + 0.64566 * 0.78181 = -0.04506, H = -0.02641.
+    # I = s(-0.98943) = 0.27102, F = s(1.27887) = 0.78226, O = s(-0.81321) = 0.30721,
+    # C~ = tanh(-1.52377) = -0.90935, C = 0.78226 * -0.04506 - 0.27102 * 0.90935 = -0.28170.
+    H1, C1 = lstm_step(1, 0.5, -1)
+    H2, C2 = lstm_step(-2, H1, C1)
+    assert (H1, C1, H2, C2) == pytest.approx((-0.02641, -0.04506, -0.08432, -0.28170), abs=1e-5)
+    outputs, (H, C) = lstm(X, (number(0.5), number(-1)), scalars(*LSTM_ROWS))
+    assert outputs.flatten().tolist() == pytest.approx([2 * H1 - 1, 2 * H2 - 1])
+    assert (H.item(), C.item()) == pytest.approx((H2, C2))
 
 
 def test_bi_lstm_by_hand():
-    # The forward half is the one above. The backward half, with the same weights and state, reads 0, then 1:
-    # Step t=2 (X = 0): I = 0.5, O = 0.5, C~ = 0; C = 0.73106, H = 0.5 * tanh(0.73106) = 0.5 * 0.62371 = 0.31185
-    # Step t=1 (X = 1): I = 0.73106, O = s(0.31185) = 0.57734, C~ = tanh(0.5 + 0.15593) = tanh(0.65593) = 0.57565
-    #   C = 0.73106 * 0.73106 + 0.73106 * 0.57565 = 0.53445 + 0.42084 = 0.95528
-    #   H = 0.57734 * tanh(0.95528) = 0.57734 * 0.74217 = 0.42848
-    # Y = H + 100 H_b: t=1: 0.39455 + 42.848, t=2: 0.42164 + 31.185
-    params = [*scalars(*LSTM_GATES, 0, 0)[:-2] * 2, torch.tensor([[1.0], [100.0]], dtype=torch.float64), ONE[0] * 0]
-    outputs, ((H, C), (H_b, C_b)) = bi_lstm(column(1, 0), ((0 * ONE, ONE), (0 * ONE, ONE)), params)
-    assert outputs.flatten().tolist() == pytest.approx([0.39455 + 42.848, 0.42164 + 31.185], abs=3e-3)
-    assert (H.item(), C.item()) == pytest.approx((0.42164, 0.87880), abs=3e-5)
-    assert (H_b.item(), C_b.item()) == pytest.approx((0.42848, 0.95528), abs=3e-5)
+    # The same gates in both directions; the backward one reads -2, then 1. Y = 2 H + 30 H_b - 1.
+    H1, C1 = lstm_step(1, 0.5, -1)
+    H2, C2 = lstm_step(-2, H1, C1)
+    H_b2, C_b2 = lstm_step(-2, 0.4, 0.6)
+    H_b1, C_b1 = lstm_step(1, H_b2, C_b2)
+    assert (H_b2, C_b2, H_b1, C_b1) == pytest.approx((0.10533, 0.30650, 0.27079, 0.55365), abs=1e-5)
+    *gates, _, b_q = scalars(*LSTM_ROWS)
+    params = [*gates, *gates, torch.cat([number(2), number(30)]), b_q]
+    state = (number(0.5), number(-1)), (number(0.4), number(0.6))
+    outputs, ((H, C), (H_b, C_b)) = bi_lstm(X, state, params)
+    Y1, Y2 = 2 * H1 + 30 * H_b1 - 1, 2 * H2 + 30 * H_b2 - 1
+    assert outputs.flatten().tolist() == pytest.approx([Y1, Y2])
+    assert (H.item(), C.item(), H_b.item(), C_b.item()) == pytest.approx((H2, C2, H_b1, C_b1))
 
 
-# --- against torch's own layers ---------------------------------------------------------------------------------------
-
-T, B, D, H_UNITS, Q = 7, 5, 4, 6, 3
+# --- against torch's own layers -----------------------------------------------------------------
 
 
-def random_case(cell, seed=0, T=T, B=B):
-    """Parameters, inputs and a state other than zero, all float64 leaves that require gradients."""
-    torch.manual_seed(seed)
-    params = [p.detach().double().requires_grad_() for p in init_params(cell, D, H_UNITS, Q)]
-    for p in params:
-        p.data += 0.1 * torch.randn_like(p)  # biases other than zero
-    inputs = torch.randn(T, B, D, dtype=torch.float64, requires_grad=True)
-    flat = [torch.randn(B, H_UNITS, dtype=torch.float64, requires_grad=True) for _ in range(4)]
-    state = {"rnn": (flat[0],), "gru": (flat[0],), "lstm": (flat[0], flat[1])}.get(
-        cell, (tuple(flat[:2]), tuple(flat[2:]))
-    )
-    return inputs, state, params
+def random_case(cell, T=T, B=B):
+    """Inputs, a state and parameters other than zero, all float64 leaves with gradients."""
+    torch.manual_seed(0)
+
+    def leaf(*shape):
+        return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+    params = [leaf(*param.shape) for param in init_params(cell, D, h, Q)]
+    pair = leaf(B, h), leaf(B, h)
+    states = {"rnn": pair[:1], "gru": pair[:1], "lstm": pair, "bi_lstm": (pair, (leaf(B, h),) * 2)}
+    return leaf(T, B, D), states[cell], params
 
 
 def flatten(state):
     return [tensor for part in state for tensor in (part if isinstance(part, tuple) else (part,))]
 
 
-def torch_layer(cell, params):
-    """torch's layer with the weights of our list: its gates stand i f c o, and its weights are transposed."""
-    layer = {"rnn": torch.nn.RNN, "lstm": torch.nn.LSTM, "bi_lstm": torch.nn.LSTM}[cell]
-    layer = layer(D, H_UNITS, bidirectional=cell == "bi_lstm").double()
-    order = [0] if cell == "rnn" else [0, 1, 3, 2]
+def assert_close(ours, theirs, tolerance=1e-10):
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.shape == b.shape and torch.allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+def torch_layer(cell, inputs, state, params):
+    """The outputs and the last state, a list of tensors, of torch's layer with our weights.
+
+    It holds ours transposed, the gates in the order i f c o (LSTM) or r z h (GRU), and two biases.
+    """
+    gates = {"rnn": "h", "gru": "rzh"}.get(cell, "ifco")
     named = dict(zip(param_names(cell), params, strict=True))
-    for ours, theirs in (("", ""), ("_b", "_reverse"))[: 2 if cell == "bi_lstm" else 1]:
-        gates = [GATES[cell][k] for k in order]
-        for kind, name in (("W_x", "weight_ih_l0"), ("W_h", "weight_hh_l0"), ("b_", "bias_ih_l0")):
-            parts = [named[f"{kind}{gate}{ours}"] for gate in gates]
-            getattr(layer, name + theirs).data = torch.cat(
-                [p.detach().t() if p.ndim == 2 else p.detach() for p in parts]
-            )
-        getattr(layer, "bias_hh_l0" + theirs).data.zero_()
-    return layer
+    weights = {}
+    for ours, theirs in [("", ""), ("_b", "_reverse")][: 2 if cell == "bi_lstm" else 1]:
+        for kind, name in [("W_x", "weight_ih"), ("W_h", "weight_hh"), ("b_", "bias_ih")]:
+            parts = [named[kind + gate + ours].t() for gate in gates]
+            weights[f"{name}_l0{theirs}"] = torch.cat(parts)
+        weights[f"bias_hh_l0{theirs}"] = torch.zeros(len(gates) * h, dtype=torch.float64)
+    layer = {"rnn": nn.RNN, "gru": nn.GRU}.get(cell, nn.LSTM)
+    layer = layer(D, h, bidirectional=cell == "bi_lstm").double()
+    flat = flatten(state)  # H, or H C, or H C H_b C_b; torch wants all H, then all C
+    first = flat[0][None] if len(flat) == 1 else (torch.stack(flat[::2]), torch.stack(flat[1::2]))
+    states, last = torch.func.functional_call(layer, weights, (inputs, first))
+    last = list(last) if len(flat) == 1 else [H for pair in zip(*last, strict=True) for H in pair]
+    return states @ params[-2] + params[-1], last
 
 
 @pytest.mark.parametrize("cell", ["rnn", "lstm", "bi_lstm"])
-def test_outputs_states_and_gradients_are_those_of_torch(cell):
+def test_values_states_and_gradients_are_those_of_torchs_layer(cell):
     inputs, state, params = random_case(cell)
     outputs, last = CELLS[cell](inputs, state, params)
-    torch.manual_seed(9)
-    weight = torch.randn_like(outputs)
-    state_weights = [torch.randn_like(tensor) for tensor in flatten(last)]
-    loss = (outputs * weight).sum() + sum((s * w).sum() for s, w in zip(flatten(last), state_weights, strict=True))
-    ours = torch.autograd.grad(loss, [inputs, *flatten(state), *params])
-
-    layer = torch_layer(cell, params)
-    if cell == "rnn":
-        hidden, last_torch = layer(inputs, state[0][None])
-        flat_torch = [last_torch[0]]
-    else:
-        pairs = [state] if cell == "lstm" else list(state)
-        hidden, (H, C) = layer(inputs, tuple(torch.stack(parts) for parts in zip(*pairs, strict=True)))
-        flat_torch = [tensor[k] for k in range(len(pairs)) for tensor in (H, C)]
-    W_hq, b_q = params[-2:]
-    outputs_torch = hidden @ W_hq + b_q
-    loss = (outputs_torch * weight).sum() + sum((s * w).sum() for s, w in zip(flat_torch, state_weights, strict=True))
-    theirs = torch.autograd.grad(loss, [inputs, *flatten(state), *layer.parameters(), W_hq, b_q])
-
-    assert torch.allclose(outputs, outputs_torch, atol=1e-12)
-    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(flatten(last), flat_torch, strict=True))
-    count = 1 + len(flatten(state))
-    for a, b in zip((*ours[:count], *ours[-2:]), (*theirs[:count], *theirs[-2:]), strict=True):
-        assert torch.allclose(a, b, atol=1e-10)
-    # The gradients of the weights, brought into torch's order.
-    named = dict(zip(param_names(cell), ours[count:], strict=True))
-    order = [GATES[cell][k] for k in ([0] if cell == "rnn" else [0, 1, 3, 2])]
-    got = iter(theirs[count:-2])
-    for suffix in ("", "_b")[: 2 if cell == "bi_lstm" else 1]:
-        for kind in ("W_x", "W_h", "b_", "b_"):
-            parts = [named[f"{kind}{gate}{suffix}"] for gate in order]
-            assert torch.allclose(torch.cat([p.t() if p.ndim == 2 else p for p in parts]), next(got), atol=1e-10)
+    outputs_torch, last_torch = torch_layer(cell, inputs, state, params)
+    ours, theirs = [outputs, *flatten(last)], [outputs_torch, *last_torch]
+    assert_close(ours, theirs)
+    leaves, weights = [inputs, *flatten(state), *params], [torch.randn_like(Y) for Y in ours]
+    gradients = [torch.autograd.grad(values, leaves, weights) for values in (ours, theirs)]
+    assert_close(*gradients)
 
 
-def test_gru_is_the_numpy_rederivation():
+def test_gru_is_the_numpy_rederivation_and_its_gradients_are_finite_differences():
     inputs, state, params = random_case("gru")
     outputs, (last,) = gru(inputs, state, params)
-    W_xz, W_hz, b_z, W_xr, W_hr, b_r, W_xh, W_hh, b_h, W_hq, b_q = (p.detach().numpy() for p in params)
+    arrays = [param.detach().numpy() for param in params]
+    W_xz, W_hz, b_z, W_xr, W_hr, b_r, W_xh, W_hh, b_h, W_hq, b_q = arrays
     H = state[0].detach().numpy()
-    for t, X in enumerate(inputs.detach().numpy()):
+    for X, Y in zip(inputs.detach().numpy(), outputs.detach().numpy(), strict=True):
         Z = 1 / (1 + np.exp(-(X @ W_xz + H @ W_hz + b_z)))
         R = 1 / (1 + np.exp(-(X @ W_xr + H @ W_hr + b_r)))
         H_tilde = np.tanh(X @ W_xh + (R * H) @ W_hh + b_h)
         H = Z * H + (1 - Z) * H_tilde
-        assert np.allclose(outputs[t].detach().numpy(), H @ W_hq + b_q, atol=1e-12)
-    assert np.allclose(last.detach().numpy(), H, atol=1e-12)
+        assert np.allclose(Y, H @ W_hq + b_q, rtol=0, atol=1e-12)
+    assert np.allclose(last.detach().numpy(), H, rtol=0, atol=1e-12)
+
+    inputs, state, params = random_case("gru", T=2, B=2)
+    assert torch.autograd.gradcheck(lambda X, H, *p: gru(X, (H,), p)[0], (inputs, *state, *params))
 
 
-@pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize(("steps", "batch"), [(1, 1), (3, 2)])
-def test_gradients_are_those_of_finite_differences(cell, steps, batch):
-    inputs, state, params = random_case(cell, T=steps, B=batch)
-    state = [s.detach()[:batch].requires_grad_() for s in flatten(state)]
-
-    def outputs_and_states(inputs, *rest):
-        flat, params = rest[: len(state)], list(rest[len(state) :])
-        packed = (tuple(flat[:2]), tuple(flat[2:])) if cell == "bi_lstm" else tuple(flat)
-        outputs, last = CELLS[cell](inputs, packed, params)
-        return outputs, *flatten(last)
-
-    assert torch.autograd.gradcheck(outputs_and_states, (inputs, *state, *params))
-
-
-# --- parameters, states, clipping -------------------------------------------------------------------------------------
+def test_gru_is_not_torchs_gru_unless_W_hh_is_diagonal():
+    # The lecture's (R * H) W_hh is torch's R * (H W_hh) only if W_hh mixes no units.
+    inputs, state, params = random_case("gru")
+    (outputs, _), (outputs_torch, _) = (
+        gru(inputs, state, params),
+        torch_layer("gru", *random_case("gru")),
+    )
+    assert (outputs - outputs_torch).abs().max() > 0.1
+    params[7] = params[7] * torch.eye(h)
+    outputs, last = gru(inputs, state, params)
+    outputs_torch, last_torch = torch_layer("gru", inputs, state, params)
+    assert_close([outputs, *last], [outputs_torch, *last_torch])
 
 
-def test_the_order_and_shapes_of_the_parameters():
-    gates = "W_xi W_hi b_i W_xf W_hf b_f W_xo W_ho b_o W_xc W_hc b_c"
-    backward = "W_xi_b W_hi_b b_i_b W_xf_b W_hf_b b_f_b W_xo_b W_ho_b b_o_b W_xc_b W_hc_b b_c_b"
-    assert " ".join(param_names("rnn")) == "W_xh W_hh b_h W_hq b_q"
-    assert " ".join(param_names("gru")) == "W_xz W_hz b_z W_xr W_hr b_r W_xh W_hh b_h W_hq b_q"
-    assert " ".join(param_names("lstm")) == f"{gates} W_hq b_q"
-    assert " ".join(param_names("bi_lstm")) == f"{gates} {backward} W_hq b_q"
-    for cell in CELLS:
-        for name, param in zip(param_names(cell), init_params(cell, 3, 4, 2), strict=True):
-            outputs = {"W_hq": (8 if cell == "bi_lstm" else 4, 2), "b_q": (2,)}
-            assert param.shape == outputs.get(name, {"W_x": (3, 4), "W_h": (4, 4)}.get(name[:3], (4,)))
-            assert param.is_leaf and param.requires_grad
+def test_no_script_uses_torchs_recurrent_layers_or_scikit_learn():
+    layers = r"(torch\.)?nn\.(modules\.rnn\.)?(RNN|GRU|LSTM)\w*"
+    functions = r"(.*\.)?(torch|_VF|aten)\.(lstm|gru|rnn_|_thnn|mkldnn_rnn)\w*"
+    forbidden = re.compile(rf"{layers}|{functions}|sklearn.*")
+    for path in Path(rnn_models.__file__).parent.glob("*.py"):
+        used = []
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute):
+                used.append(ast.unparse(node))
+            elif isinstance(node, ast.Import | ast.ImportFrom):
+                module = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+                used += [module + alias.name for alias in node.names]
+        # bench.py measures torch's layers beside ours.
+        assert bool(list(filter(forbidden.fullmatch, used))) == (path.name == "bench.py"), path
 
 
-def test_initialisation():
+# --- properties of the cells --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
+def test_a_sequence_in_two_pieces_gives_what_the_whole_gives(cell):
+    inputs, state, params = random_case(cell)
+    outputs, last = CELLS[cell](inputs, state, params)
+    first, middle = CELLS[cell](inputs[:3], state, params)
+    second, end = CELLS[cell](inputs[3:], middle, params)
+    assert_close([torch.cat([first, second]), *end], [outputs, *last])
+
+
+def test_bi_lstm_in_two_pieces_hands_the_backward_state_from_the_second_to_the_first():
+    inputs, (forward, backward), params = random_case("bi_lstm")
+    outputs, last = bi_lstm(inputs, (forward, backward), params)
+    _, (_, middle_b) = bi_lstm(inputs[3:], (forward, backward), params)
+    first, (middle, end_b) = bi_lstm(inputs[:3], (forward, middle_b), params)
+    second, (end, _) = bi_lstm(inputs[3:], (middle, backward), params)
+    assert_close([torch.cat([first, second]), *end, *end_b], [outputs, *flatten(last)])
+
+
+def test_bi_lstm_with_lengths_gives_each_sequence_the_outputs_that_it_gets_alone():
+    inputs, state, params = random_case("bi_lstm")
+    outputs, _ = bi_lstm(inputs, state, params, LENGTHS)
+    for i, n in enumerate(LENGTHS.tolist()):
+        own = tuple(tuple(tensor[i : i + 1] for tensor in pair) for pair in state)
+        alone, _ = bi_lstm(inputs[:n, i : i + 1], own, params)
+        assert_close([outputs[:n, i : i + 1]], [alone])
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=30)
+def test_reverse_turns_each_sequence_leaves_its_padding_and_is_its_own_inverse(data):
+    lengths = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=5))
+    sequences = torch.randn(max(lengths) + data.draw(st.integers(0, 2)), len(lengths), D)
+    reversed_ = reverse(sequences, torch.tensor(lengths))
+    assert torch.equal(reverse(reversed_, torch.tensor(lengths)), sequences)
+    assert torch.equal(reverse(sequences), torch.stack(list(sequences)[::-1]))
+    for i, n in enumerate(lengths):
+        assert torch.equal(reversed_[:n, i], sequences[:n, i].flip(0))
+        assert torch.equal(reversed_[n:, i], sequences[n:, i])
+
+
+@all_cells
+def test_inputs_without_a_step_raise_ValueError(cell):
+    inputs, state, params = random_case(cell)
+    with pytest.raises(ValueError, match="step"):
+        CELLS[cell](inputs[:0], state, params)
+    for loops in ("fast", "plain"):
+        with pytest.raises(ValueError, match="step"):
+            Recurrence(cell, D, h, Q, loops)(torch.zeros(0, B, D))
+
+
+# --- parameters, states, clipping ---------------------------------------------------------------
+
+LSTM_NAMES = "W_xi W_hi b_i W_xf W_hf b_f W_xo W_ho b_o W_xc W_hc b_c"
+NAMES = {
+    "rnn": "W_xh W_hh b_h W_hq b_q",
+    "gru": "W_xz W_hz b_z W_xr W_hr b_r W_xh W_hh b_h W_hq b_q",
+    "lstm": f"{LSTM_NAMES} W_hq b_q",
+    "bi_lstm": f"{LSTM_NAMES} {LSTM_NAMES.replace(' ', '_b ')}_b W_hq b_q",
+}
+
+
+@all_cells
+def test_names_order_and_values_of_the_first_parameters(cell):
     torch.manual_seed(1)
-    first = init_params("lstm", 3, 16, 2)
+    params = init_params(cell, 50, 16, 40)
+    assert " ".join(param_names(cell)) == NAMES[cell]
+    for name, param in zip(NAMES[cell].split(), params, strict=True):
+        assert param.is_leaf and param.requires_grad and param.dtype == torch.float32
+        if name.startswith("W_x") or name == "W_hq":  # uniform in +-1/sqrt(16), mean 0
+            rows = 32 if cell == "bi_lstm" else 16
+            assert param.shape == ((rows, 40) if name == "W_hq" else (50, 16))
+            assert -0.25 <= param.min() < -0.24 and 0.24 < param.max() <= 0.25
+            assert abs(param.mean().item()) < 0.02
+            assert param.std().item() == pytest.approx(0.25 / 3**0.5, rel=0.05)
+        elif name.startswith("W_h"):  # orthogonal
+            assert torch.allclose(param @ param.t(), torch.eye(16), atol=1e-5)
+        else:
+            value = 1.0 if name in ("b_f", "b_f_b") else 0.0
+            assert torch.equal(param, torch.full((40 if name == "b_q" else 16,), value))
+
+
+@all_cells
+def test_the_same_seed_gives_the_same_parameters_and_each_is_drawn_anew(cell):
     torch.manual_seed(1)
-    assert all(torch.equal(a, b) for a, b in zip(first, init_params("lstm", 3, 16, 2), strict=True))
-    named = dict(zip(param_names("lstm"), first, strict=True))
-    for gate in "ifoc":
-        assert named[f"W_x{gate}"].abs().max() <= 0.25  # 1 / sqrt(16)
-        assert torch.allclose(named[f"W_h{gate}"] @ named[f"W_h{gate}"].t(), torch.eye(16), atol=1e-5)
-        assert torch.equal(named[f"b_{gate}"], torch.full((16,), float(gate == "f")))
+    first = init_params(cell, D, h, Q)
+    torch.manual_seed(1)
+    again, other = init_params(cell, D, h, Q), init_params(cell, D, h, Q)
+    assert_close(again, first, 0)
+    drawn = [p.flatten()[0].item() for p in (*first, *other) if p.ndim == 2]
+    assert len(set(drawn)) == len(drawn)
 
 
-def test_the_state_is_zero_and_in_its_cells_form():
-    for cell, parts in {"rnn": 1, "gru": 1, "lstm": 2, "bi_lstm": 4}.items():
-        flat = flatten(init_state(cell, 3, 4))
-        assert len(flat) == parts and all(torch.equal(tensor, torch.zeros(3, 4)) for tensor in flat)
-    assert isinstance(init_state("bi_lstm", 1, 1)[1], tuple)
+@all_cells
+def test_the_first_state_is_zero(cell):
+    for tensor in flatten(init_state(cell, 3, 4, dtype=torch.float64)):
+        assert torch.equal(tensor, torch.zeros(3, 4, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(
-    "call", [lambda: init_params("cnn", 1, 1, 1), lambda: init_state("cnn", 1, 1), lambda: param_names("")]
-)
-def test_unknown_cells_are_refused(call):
-    with pytest.raises(ValueError, match="rnn, gru, lstm, bi_lstm"):
+    ("call", "message"),
+    [
+        (lambda: param_names("cnn"), "rnn, gru, lstm, bi_lstm, not 'cnn'"),
+        (lambda: init_params("", 1, 1, 1), "rnn, gru, lstm, bi_lstm"),
+        (lambda: init_state("LSTM", 1, 1), "rnn, gru, lstm, bi_lstm"),
+        (lambda: Recurrence("cnn", 1, 1, 1), "rnn, gru, lstm, bi_lstm"),
+        (lambda: Recurrence("rnn", 1, 1, 1, loops="slow"), "fast, plain, not 'slow'"),
+        (lambda: TextClassifier("cnn", [2], 1, 1, 1), "rnn, gru, lstm, bi_lstm"),
+        (lambda: TextClassifier("rnn", [2], 1, 1, 1, pool="sum"), "last, mean, max, not 'sum'"),
+        (lambda: TextClassifier("rnn", [2], 1, 1, 1, loops="slow"), "fast, plain"),
+        (lambda: Forecaster("cnn", 5, 1, 1, 1), "rnn, gru, lstm, bi_lstm"),
+        (lambda: Forecaster("rnn", 5, 1, 1, 1, loops="slow"), "fast, plain"),
+        (lambda: pool_states(torch.ones(1, 1, 1), torch.ones(1).long(), "sum"), "last, mean, max"),
+        *[(lambda sizes=sizes: init_params("rnn", *sizes), "at least 1")
+          for sizes in [(0, 1, 1), (1, 0, 1), (1, 1, 0)]],
+        *[(lambda theta=theta: grad_clipping([], theta), "above 0") for theta in (0, -1, math.nan)],
+    ],
+)  # fmt: skip
+def test_wrong_names_and_sizes_raise_ValueError(call, message):
+    with pytest.raises(ValueError, match=message):
         call()
 
 
-def test_clipping_scales_a_345_triangle():
-    a, b = torch.zeros(1, requires_grad=True), torch.zeros(2, requires_grad=True)
-    unused = torch.zeros(1, requires_grad=True)
-    for theta, factor in ((10.0, 1.0), (5.0, 1.0), (1.0, 0.2)):
-        a.grad, b.grad = torch.tensor([3.0]), torch.tensor([0.0, 4.0])
-        assert float(grad_clipping([a, unused, b], theta)) == pytest.approx(5.0)
-        assert a.grad.tolist() == pytest.approx([3 * factor])
-        assert b.grad.tolist() == pytest.approx([0, 4 * factor])
-    a.grad, b.grad = torch.zeros(1), torch.zeros(2)
-    assert float(grad_clipping([a, b], 1.0)) == 0.0 and a.grad.item() == 0.0
-    assert float(grad_clipping([unused], 1.0)) == 0.0
-    for theta in (0.0, -1.0, float("nan")):
-        with pytest.raises(ValueError):
-            grad_clipping([a], theta)
+@pytest.mark.parametrize("theta", [0.5, 6.5, 12.9, 13.1, 100.0])
+def test_grad_clipping_is_torchs_and_returns_the_norm(theta):
+    def parameters():  # the gradients' joint norm is 13; one has none
+        params = [torch.zeros(n, requires_grad=True) for n in (1, 2, 1, 1)]
+        for param, grad in zip(params, ([3.0], [0.0, -4.0], None, [12.0]), strict=True):
+            param.grad = grad and torch.tensor(grad)
+        return params
+
+    ours, theirs = parameters(), parameters()
+    assert grad_clipping(ours, theta).item() == pytest.approx(13.0)
+    nn.utils.clip_grad_norm_(theirs, theta)
+    ours, theirs = ([p.grad for p in params if p.grad is not None] for params in (ours, theirs))
+    assert_close(ours, theirs, tolerance=1e-5)
+    if theta > 13:
+        assert [grad.tolist() for grad in ours] == [[3.0], [0.0, -4.0], [12.0]]
 
 
-# --- padding ----------------------------------------------------------------------------------------------------------
+def test_grad_clipping_of_nothing_is_zero():
+    param = torch.zeros(2, requires_grad=True)
+    assert grad_clipping([param], 1.0).item() == 0.0
+    param.grad = torch.zeros(2)
+    assert grad_clipping([param], 1.0).item() == 0.0 and param.grad.tolist() == [0.0, 0.0]
 
 
-def test_reverse_by_hand():
-    sequences = torch.tensor([[1, 5], [2, 6], [3, 0]])[:, :, None]  # 1 2 3 and 5 6 <pad>
-    assert reverse(sequences, torch.tensor([3, 2])).squeeze(2).tolist() == [[3, 6], [2, 5], [1, 0]]
-    assert torch.equal(reverse(sequences), sequences.flip(0))
+# --- Recurrence ---------------------------------------------------------------------------------
 
 
-def test_pooling_by_hand():
-    # Two texts of lengths 2 and 1, two directions of one unit each; 9 is padding.
-    states = torch.tensor([[[1.0, 2.0], [3.0, -4.0]], [[-5.0, 6.0], [9.0, 9.0]]])
-    lengths = torch.tensor([2, 1])
-    assert pool_states(states, lengths, "last").tolist() == [[-5, 6], [3, -4]]
-    assert pool_states(states, lengths, "last", directions=2).tolist() == [[-5, 2], [3, -4]]
-    assert pool_states(states, lengths, "mean").tolist() == [[-2, 4], [3, -4]]
-    assert pool_states(states, lengths, "max").tolist() == [[1, 6], [3, -4]]
-    with pytest.raises(ValueError, match="last, mean, max"):
-        pool_states(states, lengths, "median")
+def random_recurrence(cell, loops):
+    """In float64, with biases other than zero; the same numbers for both loops."""
+    torch.manual_seed(2)
+    recurrence = Recurrence(cell, D, h, Q, loops).double()
+    for param in recurrence.parameters():
+        nn.init.normal_(param)
+    return recurrence, torch.randn(T, B, D, dtype=torch.float64, requires_grad=True)
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@all_cells
+def test_both_loops_are_the_cell_from_the_zero_state_and_have_its_gradients(cell):
+    results = []
+    for loops in ("fast", "plain"):
+        recurrence, inputs = random_recurrence(cell, loops)
+        leaves = [inputs, *recurrence.params]
+        states = recurrence(inputs, LENGTHS)
+        assert states.shape == (T, B, 2 * h if cell == "bi_lstm" else h)
+        outputs = recurrence.output(states)
+        results.append([outputs, *torch.autograd.grad(outputs.square().sum(), leaves)])
+    state = init_state(cell, B, h, dtype=torch.float64)
+    arguments = [LENGTHS] if cell == "bi_lstm" else []
+    outputs, _ = CELLS[cell](inputs, state, recurrence.params, *arguments)
+    expected = [outputs, *torch.autograd.grad(outputs.square().sum(), leaves)]
+    assert_close(results[0], expected)
+    assert_close(results[1], expected)
+
+
+@all_cells
+def test_a_recurrence_registers_its_parameters_under_their_names_in_order(cell):
+    recurrence, _ = random_recurrence(cell, "fast")
+    names, params = zip(*recurrence.named_parameters(), strict=True)
+    assert " ".join(names) == NAMES[cell]
+    assert all(a is b for a, b in zip(recurrence.params, params, strict=True))
+    directions = recurrence.directions()
+    assert len(directions) == (2 if cell == "bi_lstm" else 1)
+    assert len(directions[0]) == len(directions[-1])
+    assert all(a is b for a, b in zip(sum(directions, []), params[:-2], strict=True))
+
+
+@all_cells
+def test_only_the_plain_loops_can_be_differentiated_twice(cell):
+    for loops in ("plain", "fast"):
+        recurrence, inputs = random_recurrence(cell, loops)
+        loss = recurrence(inputs).square().sum()
+        (gradient,) = torch.autograd.grad(loss, inputs, create_graph=True)
+        if loops == "plain":
+            gradient.sum().backward()
+        else:
+            with pytest.raises(RuntimeError, match="twice"):
+                gradient.sum().backward()
+
+
+@all_cells
+@both_loops
+@pytest.mark.parametrize(
+    "survived",
+    [
+        copy.deepcopy,
+        lambda r: pickle.loads(pickle.dumps(r)),
+        lambda r: torch.compile(r, backend="eager"),
+    ],
+    ids=["deepcopy", "pickle", "compile"],
+)
+def test_a_recurrence_survives(survived, cell, loops):
+    recurrence, inputs = random_recurrence(cell, loops)
+    inputs, lengths, results = inputs[:3, :2], torch.tensor([3, 1]), []
+    recurrence(inputs, lengths)  # it has run before
+    for module in (recurrence, survived(recurrence)):
+        states = module(inputs, lengths)
+        gradients = torch.autograd.grad(states.square().sum(), module.params[:-2])
+        results.append([states, *gradients])
+    assert_close(*results)
+
+
+@all_cells
+@both_loops
+def test_a_recurrence_trains_under_autocast_to_bfloat16(cell, loops):
+    recurrence, inputs = Recurrence(cell, D, h, Q, loops), torch.randn(3, B, D)
+    results = []
+    for enabled in (True, False):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            states = recurrence(inputs)
+        gradients = torch.autograd.grad(states.sum(), recurrence.params[:-2])
+        results.append([states.float(), *(gradient / B for gradient in gradients)])
+    assert_close(*results, tolerance=0.05)
+
+
+@all_cells
+@both_loops
+def test_an_empty_batch_gives_empty_results(cell, loops):
+    inputs, no_lengths = torch.zeros(T, 0, D), torch.zeros(0, dtype=torch.long)
+    outputs, last = CELLS[cell](inputs, init_state(cell, 0, h), init_params(cell, D, h, Q))
+    assert outputs.shape == (T, 0, Q) and {tuple(H.shape) for H in flatten(last)} == {(0, h)}
+    recurrence = Recurrence(cell, D, h, Q, loops)
+    states = recurrence(inputs, no_lengths)
+    assert states.shape == (T, 0, 2 * h if cell == "bi_lstm" else h)
+    states.sum().backward()
+    assert not any(param.grad.any() for param in recurrence.params[:-2])
+    for pool in POOLS:
+        model = TextClassifier(cell, [9, 9], D, h, Q, pool, loops=loops)
+        assert model(torch.zeros(T, 0, 2, dtype=torch.long), no_lengths).shape == (0, Q)
+    assert Forecaster(cell, D, h, T, Q, loops=loops)(inputs).shape == (0, Q)
+
+
+# --- pooling, TextClassifier --------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=5), st.booleans())
+@settings(deadline=None, max_examples=30)
+def test_pooling_is_a_slow_loop_over_the_texts(lengths, bidirectional):
+    states = torch.randn(6, len(lengths), 4)
+    for pool in POOLS:
+        found = pool_states(states, torch.tensor(lengths), pool, bidirectional)
+        for i, n in enumerate(lengths):
+            text = states[:n, i]
+            last = torch.cat([text[-1, :2], text[0 if bidirectional else -1, 2:]])
+            slow = {"last": last, "mean": sum(text) / n, "max": torch.stack(list(text)).max(0)[0]}
+            assert torch.allclose(found[i], slow[pool], atol=1e-6)
+
+
+@all_cells
 @pytest.mark.parametrize("pool", POOLS)
-def test_logits_depend_neither_on_padding_nor_on_the_batch(cell, pool):
-    torch.manual_seed(3)
-    model = TextClassifier(cell, [50, 9], 8, 6, 4, pool).double().eval()
-    for _ in range(5):
-        lengths = torch.randint(1, 12, (6,))
-        texts = [torch.stack([torch.randint(1, 50, (n,)), torch.randint(1, 9, (n,))], dim=1) for n in lengths.tolist()]
-        alone = torch.cat([model(text[:, None], torch.tensor([len(text)])) for text in texts])
-        for extra in (0, 3):
-            padded = torch.randint(0, 9, (int(lengths.max()) + extra, 6, 2))  # whatever stands in the padding
-            for column, text in enumerate(texts):
-                padded[: len(text), column] = text
-            assert torch.allclose(model(padded, lengths), alone, atol=1e-12)
-            assert torch.allclose(model(padded[:, [4, 1]], lengths[[4, 1]]), alone[[4, 1]], atol=1e-12)
-
-
-@pytest.mark.parametrize("cell", CELLS)
-def test_no_gradient_comes_from_the_padding(cell):
+@both_loops
+def test_a_texts_logits_do_not_depend_on_what_it_is_batched_with(cell, pool, loops):
     torch.manual_seed(4)
-    inputs = torch.randn(6, 2, 3, dtype=torch.float64, requires_grad=True)
-    params = [p.detach().double() for p in init_params(cell, 3, 4, 2)]
-    state = tuple(
-        tuple(t.double() for t in part) if isinstance(part, tuple) else part.double() for part in init_state(cell, 2, 4)
-    )
-    lengths = torch.tensor([6, 2])
-    states, _ = hidden_states(cell, inputs, state, params, lengths)
-    pool_states(states, lengths, "mean").sum().backward()
-    assert torch.equal(inputs.grad[2:, 1], torch.zeros(4, 3, dtype=torch.float64))
-    assert (inputs.grad[:2, 1] != 0).all() and (inputs.grad[:, 0] != 0).all()
+    model = TextClassifier(cell, [50, 9], 8, 6, 4, pool, loops=loops).double().eval()
+    texts = [torch.randint(0, 9, (n, 1, 2)) for n in LENGTHS.tolist()]
+    alone = torch.cat([model(text, torch.tensor([len(text)])) for text in texts])
+    assert alone.shape == (5, 4) and alone.std(dim=0).min() > 0.01
+    for extra in (0, 3):
+        tokens = torch.randint(0, 9, (T + extra, 5, 2))  # random padding
+        for i, text in enumerate(texts):
+            tokens[: len(text), i] = text[:, 0]
+        assert_close([model(tokens, LENGTHS)], [alone])
+        assert_close([model(tokens[:, [4, 0]], LENGTHS[[4, 0]])], [alone[[4, 0]]])
 
 
-def test_the_classifier_is_a_module_like_any_other(tmp_path):
+def test_the_embeddings_of_a_tokens_aspects_are_added_and_their_sum_has_variance_1():
     torch.manual_seed(5)
-    model = TextClassifier("bi_lstm", [20], 4, 3, 2)
-    assert {name.removeprefix("recurrence.") for name in model.state_dict()} == {
-        "embeddings.0.weight",
-        *param_names("bi_lstm"),
-    }
-    assert model.double().recurrence.W_xi_b.dtype == torch.float64
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    tokens, lengths, labels = torch.randint(0, 20, (5, 3, 1)), torch.tensor([5, 4, 1]), torch.tensor([0, 1, 1])
+    model = TextClassifier("rnn", [400, 300, 200], 64, 2, 2).eval()
+    tokens = torch.stack([torch.randint(0, n, (T, B)) for n in (400, 300, 200)], dim=2)
+    first, second, third = (embedding.weight for embedding in model.embeddings)
+    expected = first[tokens[..., 0]] + second[tokens[..., 1]] + third[tokens[..., 2]]
+    assert torch.allclose(model.embed(tokens), expected)
+    for table in (first, second, third):
+        assert table.var().item() == pytest.approx(1 / 3, rel=0.05)
+    with pytest.raises(ValueError):
+        model.embed(tokens[..., :2])
+
+
+def assert_dropped_a_quarter(mask):
+    kept = mask.isclose(torch.tensor(4 / 3), rtol=1e-4)
+    assert (kept | (mask == 0)).all() and 0.6 < kept.float().mean() < 0.9
+
+
+def test_dropout_in_training_draws_one_mask_for_all_steps_and_none_in_eval():
+    torch.manual_seed(6)
+    model = TextClassifier("rnn", [20], 30, 30, 30, pool="last", dropout=0.25)
+    tokens, lengths = torch.randint(0, 20, (T, B, 1)), torch.full((B,), T)
+    embedded = model.embeddings[0].weight[tokens[..., 0]]
+    mask = model.embed(tokens) / embedded
+    assert_dropped_a_quarter(mask)
+    assert torch.allclose(mask, mask[:1]) and not torch.allclose(mask[0], mask[0, :1])
+
+    model.recurrence.W_hq.data, states = torch.eye(30), torch.rand(T, B, 30) + 1
+    assert_dropped_a_quarter(model.classify(states, lengths) / states[-1])
     model.eval()
+    assert torch.equal(model.embed(tokens), embedded)
+    assert torch.equal(model.classify(states, lengths), states[-1])
+
+
+@both_loops
+def test_a_classifier_learns_and_its_state_dict_restores_it(loops, tmp_path):
+    torch.manual_seed(7)
+    model = TextClassifier("bi_lstm", [20], 4, 3, 2, loops=loops).double().eval()
+    tokens, lengths = torch.randint(0, 20, (5, 3, 1)), torch.tensor([5, 4, 1])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     losses = []
-    for _ in range(20):
-        loss = torch.nn.functional.cross_entropy(model(tokens, lengths), labels)
+    for _ in range(9):
+        loss = nn.functional.cross_entropy(model(tokens, lengths), torch.tensor([0, 1, 1]))
         optimizer.zero_grad()
         loss.backward()
-        assert all(param.grad is not None for param in model.parameters())
+        assert all(param.grad.any() for param in model.parameters())
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < losses[0]
+    assert losses == sorted(losses, reverse=True)
     torch.save(model.state_dict(), tmp_path / "model.pt")
     other = TextClassifier("bi_lstm", [20], 4, 3, 2).double().eval()
     other.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
-    assert torch.equal(other(tokens, lengths), model(tokens, lengths))
+    assert_close([other(tokens, lengths)], [model(tokens, lengths)])
 
 
-def test_the_product_uses_no_recurrence_of_torch_and_no_scikit_learn():
-    # Read, not imported: nn.RNN and its kin, their Cell classes, and the functions under them.
-    forbidden = {f"{cell}{suffix}" for cell in ("RNN", "GRU", "LSTM", "RNNBase") for suffix in ("", "Cell", "CellBase")}
-    functions = {f"{name}{suffix}" for name in ("lstm", "gru", "rnn_tanh", "rnn_relu") for suffix in ("", "_cell")}
-    scripts = [path for path in Path(rnn_models.__file__).parent.glob("*.py") if path.name != "bench.py"]
-    assert len(scripts) >= 6
-    for path in scripts:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Attribute):
-                assert node.attr not in forbidden, f"{path.name}:{node.lineno} uses {node.attr}"
-                assert not node.attr.startswith("_thnn"), f"{path.name}:{node.lineno} uses {node.attr}"
-                if node.attr in functions:
-                    owner = node.value.id if isinstance(node.value, ast.Name) else getattr(node.value, "attr", "")
-                    assert owner not in {"torch", "_VF", "aten"}, f"{path.name}:{node.lineno} uses {node.attr}"
-            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            names += [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
-            for name in names:
-                assert name.split(".")[0] != "sklearn" and name not in forbidden, (
-                    f"{path.name}:{node.lineno} imports {name}"
-                )
+# --- Forecaster ---------------------------------------------------------------------------------
+
+
+@all_cells
+def test_an_untrained_forecaster_is_the_linear_forecast_worked_out_by_hand(cell):
+    # Two windows of three known steps; only the first of two features counts: 1 -2 5 and 0 3 -4.
+    inputs = torch.tensor([[[1.0, 70], [0, 40]], [[-2, 80], [3, 50]], [[5, 90], [-4, 60]]])
+    model = Forecaster(cell, 2, h, known=3, horizon=2)
+    assert torch.equal(model(inputs), torch.zeros(2, 2))
+    model.W_xq.copy_(torch.tensor([[0.1, 1], [0.2, 0], [0.3, 2], [0.4, -7]]))  # the last: constant
+    # 0.1 * 1 - 0.2 * 2 + 0.3 * 5 + 0.4 = 1.6;  1 + 2 * 5 - 7 = 4
+    # 0.2 * 3 - 0.3 * 4 + 0.4 = -0.2;           2 * -4 - 7 = -15
+    assert model(inputs).flatten().tolist() == pytest.approx([1.6, 4, -0.2, -15], abs=1e-6)
+    assert "W_xq" in model.state_dict() and "W_xq" not in dict(model.named_parameters())
+
+
+@pytest.mark.parametrize("cell", ["rnn", "lstm", "bi_lstm"])
+@both_loops
+def test_the_last_state_of_torchs_layer_is_added_to_the_linear_forecast(cell, loops):
+    # In the forward direction the state after the last known step, backward after the first.
+    torch.manual_seed(8)
+    model = Forecaster(cell, D, h, known=T, horizon=Q, loops=loops).double()
+    model.W_xq.normal_()
+    inputs = torch.randn(T, B, D).double()
+    linear = model(inputs).detach()
+    for param in model.parameters():
+        nn.init.normal_(param)
+    *_, W_hq, b_q = params = model.recurrence.params
+    _, last = torch_layer(cell, inputs, init_state(cell, B, h, dtype=torch.float64), params)
+    H = torch.cat(last[::2], dim=1)  # [H], or [H, H_b]
+    assert_close([model(inputs)], [linear + (H @ W_hq + b_q)])
+
+
+@all_cells
+def test_a_forecaster_refuses_other_numbers_of_steps_than_the_known(cell):
+    model = Forecaster(cell, D, h, known=T, horizon=Q)
+    for steps in (T - 1, T + 1):
+        with pytest.raises((RuntimeError, ValueError)):
+            model(torch.randn(steps, B, D))
+
+
+def test_a_new_forecasters_biases_are_zero_the_forget_gates_too():
+    named = dict(Forecaster("bi_lstm", D, h, T, Q).recurrence.named_parameters())
+    zeros = {name for name, param in named.items() if not param.any()}
+    assert zeros == {"W_hq", *(name for name in named if name.startswith("b_"))}
+
+
+def test_a_forecaster_drops_out_its_last_state_in_training_only():
+    torch.manual_seed(9)
+    model = Forecaster("rnn", D, 30, known=T, horizon=30, dropout=0.25)
+    model.recurrence.W_hq.data, inputs = torch.eye(30), torch.randn(T, B, D)
+    last = model.recurrence(inputs)[-1]
+    assert_dropped_a_quarter(model(inputs) / last)
+    assert torch.equal(model.eval()(inputs), last)

@@ -43,7 +43,9 @@ def material(tmp_path_factory):
         "lost_class.csv": good.assign(cat=["b" if i % 5 == 0 else "a" for i in range(1, 301)]),
         "header.csv": good.head(0),
         "renamed.csv": good.rename(columns={"review": "text"}),
-        "dates.csv": pd.DataFrame({"Date Time": ["01.01.2009 00:00:00", "yesterday"], "T (degC)": [1, 2]}),
+        "dates.csv": pd.DataFrame(
+            {"Date Time": ["01.01.2009 00:00:00", "yesterday"], "T (degC)": [1, 2]}
+        ),
         "iso.csv": pd.DataFrame({"Date Time": ["2009-01-01 00:00"], "T (degC)": [1]}),
         "words.csv": pd.DataFrame({"Date Time": ["01.01.2009 00:00:00"], "T (degC)": ["warm"]}),
         "infinite.csv": pd.DataFrame({"Date Time": ["01.01.2009 00:00:00"], "T (degC)": ["inf"]}),
@@ -159,22 +161,32 @@ BAD = [
 @pytest.mark.parametrize(
     ("script", "line", "message"), BAD, ids=lambda value: value if isinstance(value, str) else None
 )
-def test_a_mistake_ends_with_one_line_and_status_2(script, line, message, material, monkeypatch, capsys, tmp_path):
+def test_a_mistake_ends_with_one_line_and_status_2(
+    script, line, message, material, monkeypatch, capsys, tmp_path
+):
     monkeypatch.chdir(material)
     arguments = line.split()
     quick = ["--device", "cpu"] if "--device" not in line else []
     quick += ["--out", tmp_path / "out"] if "--out" not in line else []
     quick += (
-        ["--epochs", 1, "--hidden", 4, "--model", "rnn"] if "not finite" in message or "cannot write" in message else []
+        ["--epochs", 1, "--hidden", 4, "--model", "rnn"]
+        if "not finite" in message or "cannot write" in message
+        else []
     )
     files = sorted(material.rglob("*"))
     assert run(SCRIPTS[script], *quick, *arguments) == 2
     output = capsys.readouterr()
-    lines = [text for text in output.err.splitlines() if not text.startswith("epoch ")]  # progress bars
-    assert message in lines[-1] and lines[-1].startswith("error: ") and "Traceback" not in output.err
+    lines = [
+        text for text in output.err.splitlines() if not text.startswith("epoch ")
+    ]  # progress bars
+    assert (
+        message in lines[-1] and lines[-1].startswith("error: ") and "Traceback" not in output.err
+    )
     if "--predict" in line:
         assert output.out == ""
-    assert sorted(material.rglob("*")) == files, "a file was left behind, or code in a checkpoint was run"
+    assert sorted(material.rglob("*")) == files, (
+        "a file was left behind, or code in a checkpoint was run"
+    )
     assert not list(tmp_path.rglob("*.part"))
 
 
@@ -185,11 +197,15 @@ def test_the_table_is_long_enough():
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("mount") is None, reason="mounting needs root")
+@pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("mount") is None, reason="mounting needs root"
+)
 def test_a_full_disk_leaves_no_half_file(material, tmp_path, capsys):
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24k", "tmpfs", disk], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=24k", "tmpfs", disk], capture_output=True
+    ).returncode:
         pytest.skip("mounting is not allowed here")
     try:
         quick = ["--model", "rnn", "--epochs", 1, "--hidden", 16, "--embedding", 16]
@@ -206,14 +222,26 @@ def test_a_folder_is_held_by_one_run(tmp_path):
     other = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert f"in use by process {os.getpid()}" in other.stderr
     lock.close()
-    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True).returncode == 0
+    assert (
+        subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True).returncode
+        == 0
+    )
 
 
 def test_a_spreadsheet_runs_no_cell(tmp_path):
     texts = ["=1+1", "+1", "-1", "@SUM(A1)", " =1", "\t=1", "好", "a=b"]
     write_csv(tmp_path / "x.csv", ["text", "number"], [(text, -1.5) for text in texts])
     frame = pd.read_csv(tmp_path / "x.csv")
-    assert frame["text"].tolist() == ["'=1+1", "'+1", "'-1", "'@SUM(A1)", "' =1", "'\t=1", "好", "a=b"]
+    assert frame["text"].tolist() == [
+        "'=1+1",
+        "'+1",
+        "'-1",
+        "'@SUM(A1)",
+        "' =1",
+        "'\t=1",
+        "好",
+        "a=b",
+    ]
     assert frame["number"].tolist() == [-1.5] * 8
 
 
@@ -227,10 +255,15 @@ def test_checkpoints_replace_each_other_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", crash)
     with pytest.raises(UserError, match="No space left"):
         save_checkpoint(path, task="text", value=2)
-    assert load_checkpoint(path, "text", {"value": int})["value"] == 1 and len(list(tmp_path.iterdir())) == 1
+    assert (
+        load_checkpoint(path, "text", {"value": int})["value"] == 1
+        and len(list(tmp_path.iterdir())) == 1
+    )
 
 
-@pytest.mark.parametrize("text", ["", " ", "0", "3.5", "11", "1e3", "nan", "inf", "-inf", "one", "²"])
+@pytest.mark.parametrize(
+    "text", ["", " ", "0", "3.5", "11", "1e3", "nan", "inf", "-inf", "one", "²"]
+)
 def test_numbers_out_of_range_are_refused(text):
     with pytest.raises(Exception, match="is not a whole number from 1 to 10"):
         number(int, 1, 10)(text)
@@ -240,7 +273,10 @@ def test_numbers_out_of_range_are_refused(text):
 cells = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\0"), max_size=40)
 
 
-@given(st.lists(st.tuples(cells, cells), min_size=1, max_size=8), st.sampled_from(["utf-8", "utf-8-sig", "gb18030"]))
+@given(
+    st.lists(st.tuples(cells, cells), min_size=1, max_size=8),
+    st.sampled_from(["utf-8", "utf-8-sig", "gb18030"]),
+)
 @settings(max_examples=60, deadline=None)
 def test_any_text_survives_the_csv_reader(tmp_path_factory, rows, encoding):
     path = tmp_path_factory.mktemp("csv") / "any.csv"
@@ -266,14 +302,29 @@ def test_any_bytes_are_read_or_refused(tmp_path_factory, content):
 def test_texts_of_any_kind_are_classified(material, script):
     texts = ["😀👨‍👩‍👧", "\x1b[31m红\x07", "好" * 100_000, '"=1+1"', "", "\u202e倒", "a,b"]
     checkpoint = material / "text_rnn" / "best.pt"
-    result = script("text_classify.py", "--checkpoint", checkpoint, "--predict", "-", input="\n".join(texts) + "\n")
+    result = script(
+        "text_classify.py",
+        "--checkpoint",
+        checkpoint,
+        "--predict",
+        "-",
+        input="\n".join(texts) + "\n",
+    )
     lines = result.stdout.splitlines()
     assert result.returncode == 0 and [line.count("\t") for line in lines] == [2] * len(texts)
     assert "\x1b" not in result.stdout and lines[3].endswith('\t"=1+1"')
 
 
 def test_a_closed_pipe_ends_quietly_and_a_long_stream_takes_bounded_memory(material):
-    arguments = ["x", "--predict", "-", "--device", "cpu", "--checkpoint", str(material / "text_rnn" / "best.pt")]
+    arguments = [
+        "x",
+        "--predict",
+        "-",
+        "--device",
+        "cpu",
+        "--checkpoint",
+        str(material / "text_rnn" / "best.pt"),
+    ]
     code = (
         "import sys, resource, training, text_classify\n"
         f"sys.argv = {arguments}\n"
@@ -282,13 +333,24 @@ def test_a_closed_pipe_ends_quietly_and_a_long_stream_takes_bounded_memory(mater
     )
     command = f"yes '屏幕清晰，运行流畅' | head -n %d | {sys.executable} -c \"$CODE\""
     environment = {**os.environ, "CODE": code}
-    options = {"shell": True, "cwd": ROOT, "env": environment, "capture_output": True, "text": True, "timeout": 150}
+    options = {
+        "shell": True,
+        "cwd": ROOT,
+        "env": environment,
+        "capture_output": True,
+        "text": True,
+        "timeout": 150,
+    }
     short = subprocess.run(command % 1000 + " | wc -l", **options)
     long = subprocess.run(command % 20_000 + " | wc -l", **options)
     assert (int(short.stdout), int(long.stdout)) == (1000, 20_000)
     assert int(long.stderr.split()[-1]) < int(short.stderr.split()[-1]) + 60  # MiB
     closed = subprocess.run(command % 20_000 + " | head -n 1", **options)
-    assert closed.stdout.count("\n") == 1 and "Error" not in closed.stderr and "Traceback" not in closed.stderr
+    assert (
+        closed.stdout.count("\n") == 1
+        and "Error" not in closed.stderr
+        and "Traceback" not in closed.stderr
+    )
 
 
 # --- stopping and going on --------------------------------------------------------------------------------------------
@@ -298,13 +360,26 @@ def outcome(folder):
     """What a run found, without what differs between machines and starts."""
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     history = pd.read_csv(folder / "history.csv").drop(columns="seconds")
-    kept = {key: value for key, value in metrics.items() if key not in ("argv", "seconds_per_epoch")}
+    kept = {
+        key: value for key, value in metrics.items() if key not in ("argv", "seconds_per_epoch")
+    }
     return kept, history.to_csv(), (folder / "predictions.csv").read_bytes()
 
 
 def test_a_resumed_run_is_the_run_left_alone(material, tmp_path, capsys, monkeypatch):
     for module, data in ((text_classify, "good.csv"), (temp_forecast, "series.csv")):
-        quick = ["--model", "gru", "--epochs", 4, "--hidden", 4, "--average", 0.9, "--data", material / data]
+        quick = [
+            "--model",
+            "gru",
+            "--epochs",
+            4,
+            "--hidden",
+            4,
+            "--average",
+            0.9,
+            "--data",
+            material / data,
+        ]
         quick += ["--train-years", 1] if module is temp_forecast else ["--embedding", 4]
         name = "temp_gru" if module is temp_forecast else "text_gru"
         assert run(module, *quick, "--out", tmp_path / "alone") == 0
@@ -344,7 +419,9 @@ def test_a_run_killed_at_twenty_instants_ends_as_if_left_alone(material, tmp_pat
     subprocess.run([*map(str, command), tmp_path / "alone"], check=True, capture_output=True)
     survived = 0
     while survived < 20:
-        process = subprocess.Popen([*map(str, command), tmp_path / "killed", "--resume"], stdout=subprocess.PIPE)
+        process = subprocess.Popen(
+            [*map(str, command), tmp_path / "killed", "--resume"], stdout=subprocess.PIPE
+        )
         process.stdout.readline()  # the data are read
         time.sleep(random.uniform(0.1, 1.2))
         if process.poll() is not None:
@@ -356,7 +433,9 @@ def test_a_run_killed_at_twenty_instants_ends_as_if_left_alone(material, tmp_pat
         for name in ("last.pt", "best.pt"):
             path = tmp_path / "killed" / "text_gru" / name
             assert not path.exists() or load_checkpoint(path, "text", {"weights": dict})
-    subprocess.run([*map(str, command), tmp_path / "killed", "--resume"], check=True, capture_output=True)
+    subprocess.run(
+        [*map(str, command), tmp_path / "killed", "--resume"], check=True, capture_output=True
+    )
     assert outcome(tmp_path / "killed" / "text_gru") == outcome(tmp_path / "alone" / "text_gru")
 
 
