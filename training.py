@@ -354,8 +354,8 @@ class Run:
 
     @torch.no_grad()
     def _average(self, averaged, current, count):
-        """Move the average towards the weights; at first it is nearly the plain mean of them."""
-        decay = min(self.args.average**AVERAGE_EVERY, float(count) / (float(count) + 2))
+        """Move the average towards the weights, over the last tenth of all steps at first."""
+        decay = min(self.args.average**AVERAGE_EVERY, float(count) / (float(count) + 10))
         torch._foreach_lerp_(averaged, current, 1 - decay)
 
     def _resume(self):
