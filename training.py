@@ -302,14 +302,9 @@ def refuse_damaged(path):
     """Turn what goes wrong when a checkpoint's content is used into one line for the user."""
     try:
         yield
-    except (
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except UserError:
+        raise
+    except Exception as error:  # wrong values lead to every kind of error
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} does not fit this program ({reason}); train again") from error
 
@@ -483,6 +478,8 @@ class Run:
 
     def load_best(self):
         """Put the best epoch's weights into the model, and write history.csv once more."""
+        if not is_first():
+            return
         path = self.folder / "best.pt"
         content = load_checkpoint(path, self.config["task"])
         with refuse_damaged(path):

@@ -598,14 +598,25 @@ def test_a_classifier_learns_and_its_state_dict_restores_it(loops, tmp_path):
 
 @all_cells
 def test_an_untrained_forecaster_is_the_linear_forecast_worked_out_by_hand(cell):
-    # Two windows of three known steps; only the first of two features counts: 1 -2 5 and 0 3 -4.
-    inputs = torch.tensor([[[1.0, 70], [0, 40]], [[-2, 80], [3, 50]], [[5, 90], [-4, 60]]])
-    model = Forecaster(cell, 2, h, known=3, horizon=2)
-    assert torch.equal(model(inputs), torch.zeros(2, 2))
-    model.W_xq.copy_(torch.tensor([[0.1, 1], [0.2, 0], [0.3, 2], [0.4, -7]]))  # the last: constant
-    # 0.1 * 1 - 0.2 * 2 + 0.3 * 5 + 0.4 = 1.6;  1 + 2 * 5 - 7 = 4
-    # 0.2 * 3 - 0.3 * 4 + 0.4 = -0.2;           2 * -4 - 7 = -15
-    assert model(inputs).flatten().tolist() == pytest.approx([1.6, 4, -0.2, -15], abs=1e-6)
+    # Two windows of three known steps. A step: temperature, another feature, sine and cosine of the
+    # year, sine and cosine of the day. What counts: the temperatures, the year at the last step.
+    window = [
+        [1, 70, 0.11, 0.12, 0.13, 0.14],
+        [-2, 80, 0.21, 0.22, 0.23, 0.24],
+        [5, 90, 0.6, -0.8, 0.33, 0.34],
+    ]
+    windows = torch.stack([torch.tensor(window), -torch.tensor(window)], dim=1)
+    model = Forecaster(cell, 6, h, known=3, horizon=2)
+    assert torch.equal(model(windows), torch.zeros(2, 2))
+    W_x = [[0.1, 1], [0.2, 0], [0.3, 0], [0.4, -7]]  # for the three temperatures and 1
+    W_x_sine = [[1, 0], [2, 2], [3, 0], [4, 0]]
+    W_x_cosine = [[10, 0], [20, 0], [30, 3], [40, 0.5]]
+    model.W_xq.copy_(torch.tensor([*W_x, *W_x_sine, *W_x_cosine]))
+    # 0.1 - 0.4 + 1.5 + 0.4 = 1.6;  0.6 (1 - 4 + 15 + 4) = 9.6;  -0.8 (10 - 40 + 150 + 40) = -128
+    # 1 - 7 = -6;  0.6 * 2 * -2 = -2.4;  -0.8 (3 * 5 + 0.5) = -12.4
+    # All signs changed: -1.2 + 0.4 = -0.8;  -0.6 (-12 + 4) = 4.8;  0.8 (-120 + 40) = -64
+    # -1 - 7 = -8;  -0.6 * 2 * 2 = -2.4;  0.8 (-15 + 0.5) = -11.6
+    assert model(windows).flatten().tolist() == pytest.approx([-116.8, -20.8, -60.0, -22.0])
     assert "W_xq" in model.state_dict() and "W_xq" not in dict(model.named_parameters())
 
 

@@ -11,7 +11,6 @@ import socket
 import struct
 import subprocess
 import sys
-import time
 import zipfile
 
 import matplotlib.figure
@@ -99,16 +98,16 @@ def test_steps_of_adamw_with_decay_and_clipping_as_by_hand(tmp_path):
 
 
 def test_the_moving_average_as_by_hand(tmp_path):
-    run, w = start(tmp_path, One(), average=0.9, epochs=2), [1.0]
+    run, w = start(tmp_path, One(), average=0.7, epochs=2), [1.0]
     for _ in run.epochs():
         for _ in run.progress(range(7)):
             run.step(w[-1] ** 2 * run.model.w.sum())
             w.append(run.model.w.item())
         run.finish_epoch({"score": 1.0}, "score", "min")
     average = w[5]  # the first time a copy, then every five steps and at the end of each epoch
-    average = 1 / 3 * average + 2 / 3 * w[7]
-    average = 2 / 4 * average + 2 / 4 * w[10]
-    average = 0.9**5 * average + (1 - 0.9**5) * w[14]  # less than 3 / 5
+    average = 1 / 11 * average + 10 / 11 * w[7]
+    average = 2 / 12 * average + 10 / 12 * w[10]
+    average = 0.7**5 * average + (1 - 0.7**5) * w[14]  # less than 3 / 13
     assert run.averaged.module.w.item() == pytest.approx(average, rel=1e-6)
     assert len(set(w)) == 15
 
@@ -169,7 +168,7 @@ def test_an_epoch_without_a_batch_is_refused(tmp_path):
 
 def test_seeds_give_their_own_random_numbers():
     draws = {}
-    for numbers in [(0,), (1,), (0, 1), (1, 0), (1, 1), (1, 1, 0), (1, 1, 1), (2**31, 9)]:
+    for numbers in [(0, 1), (1, 0), (1, 1), (1, 1, 0), (1, 1, 1), (2**31, 9), (2**31, 10)]:
         training.seed_all(*numbers)
         draws[numbers] = torch.rand(1).item()
         training.seed_all(*numbers)
@@ -200,6 +199,17 @@ def state(run):
     return [part.state_dict() for part in parts], [r["score"] for r in run.history], run.best
 
 
+def same(a, b):
+    """Whether nested values with tensors are equal to the bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
 def test_a_resumed_run_is_the_run_left_alone_to_the_bit(tmp_path):
     scores = [3, 2, 4, 1]
     alone = train(start(tmp_path / "alone", **LONG), scores, steps=4)
@@ -217,12 +227,12 @@ def test_a_resumed_run_is_the_run_left_alone_to_the_bit(tmp_path):
         run = start(folder, nn.Linear(2, 1), **LONG | changed)
         assert len(run.history) == (last_step - 1) // 4
         train(run, scores, steps=4)
-        torch.testing.assert_close(state(run), state(alone), rtol=0, atol=0)
+        assert same(state(run), state(alone))
         for name in ("best.pt", "last.pt"):
             both = [load_checkpoint(path / name, "text") for path in (folder, tmp_path / "alone")]
             for content in both:
                 content.pop("history", None)  # it holds seconds
-            torch.testing.assert_close(*both, rtol=0, atol=0)
+            assert same(*both)
 
 
 def test_history_is_whole_after_a_kill_between_last_pt_and_history_csv(tmp_path, monkeypatch):
@@ -347,8 +357,7 @@ def test_a_flipped_bit_in_a_checkpoint_changes_nothing_unseen(tmp_path):
             assert "\n" not in str(error) and "best.pt" in str(error)
             refused += 1
         else:  # padding between the parts
-            torch.testing.assert_close(loaded, whole, rtol=0, atol=0)
-            assert position not in inside
+            assert same(loaded, whole) and position not in inside
     assert refused >= 60
 
 
@@ -384,8 +393,15 @@ def test_json_of_any_path_is_valid(tmp_path):
 
 
 def test_a_comparison_is_written_and_printed(tmp_path, capsys):
-    training.write_comparison(tmp_path / "all", ["a", "b"], [[1, "x"]], {"k": 1}, "Note.")
-    table = "Note.\n\n| a | b |\n| --- | --- |\n| 1 | x |\n"
+    rows = [{"model": "RNN", "mean_error": 0.91, "steps": 12345}, {"model": "GRU", "mean_error": 2.5}]
+    training.write_comparison(tmp_path / "all", rows, {"k": 1}, "Note.")
+    table = """Note.
+
+| model | mean error | steps |
+| --- | --- | --- |
+| RNN | 0.9100 | 12345 |
+| GRU | 2.500 |  |
+"""
     assert (tmp_path / "all" / "comparison.md").read_text() == table
     assert json.loads((tmp_path / "all" / "comparison.json").read_text()) == {"k": 1}
     assert table in capsys.readouterr().out
@@ -519,7 +535,7 @@ def fit(run, batches, score):
         for X in run.progress(batches):
             run.step((run.model(X) - X.prod(1, keepdim=True)).square().mean())
         drawn = torch.rand(1).item()
-        run.finish_epoch({"score": score}, "score", "min")
+        run.finish_epoch({"score": score - run.epoch}, "score", "min")
     return drawn
 
 
@@ -530,20 +546,20 @@ def one_of_two(rank, folder, port):
     torch.set_num_threads(1)
     training.join_processes(torch.device("cpu"))
     print(f"process {rank} prints")
-    save, write = training.save_checkpoint, training.whole_file
-    written = []
-    training.save_checkpoint = lambda *args, **kw: [time.sleep(0.3), save(*args, **kw)]
-    training.whole_file = lambda path, *args, **kw: [written.append(str(path)), write(path, *args, **kw)][1]
-    lock, result = hold_folder(folder / "run"), {}
+    whole_file, written = training.whole_file, []
+
+    def note(path, *mode, **form):
+        written.append(str(path))
+        return whole_file(path, *mode, **form)
+
+    training.whole_file = note
+    lock = hold_folder(folder / "run")
     run = start(folder / "run", epochs=2, clip=1e-8)
-    result["drawn"] = fit(run, batches(), 1.0 + rank)
-    result["weight"], result["history"] = run.model.weight.detach(), [r["score"] for r in run.history]
-    try:
-        run.load_best()
-        result["error"] = None
-    except UserError as error:
-        result["error"] = str(error)
-    torch.save(result | {"written": written, "locked": lock is not None}, folder / f"{rank}.pt")
+    drawn = fit(run, batches(), 1.0 + rank)
+    result = {"drawn": drawn, "weight": run.model.weight.detach().clone(), "written": written}
+    run.load_best()
+    result |= {"history": run.history, "locked": lock is not None}
+    torch.save(result, folder / f"{rank}.pt")
     distributed.destroy_process_group()
 
 
@@ -568,7 +584,7 @@ def test_two_processes_train_as_one_that_saw_both_batches(two, tmp_path):
     fit(run, [torch.cat(b[0:2]), torch.cat(b[2:4])], 1.0)
     for result in two:
         torch.testing.assert_close(result["weight"], run.model.weight.detach(), rtol=1e-4, atol=1e-6)
-        assert result["history"] == [1.0, 1.0]  # the first one's scores
+        assert [r["score"] for r in result["history"]] == [0.0, -1.0]  # the first one's scores
     assert two[0]["drawn"] != two[1]["drawn"]
 
 
@@ -576,11 +592,6 @@ def test_two_processes_train_as_one_that_saw_both_batches(two, tmp_path):
 def test_only_the_first_process_locks_and_writes(two):
     assert two[0]["locked"] and two[0]["written"]
     assert not two[1]["locked"] and two[1]["written"] == []
-
-
-@gloo
-def test_no_process_reads_the_best_epoch_before_it_is_written(two):
-    assert [result["error"] for result in two] == [None, None]
 
 
 # --- pictures -----------------------------------------------------------------------------------
