@@ -38,7 +38,7 @@ PARTS = {"segments": "7-day segments", "daily_origins": "daily origins"}
 # Chosen on validation rows of the mission's series.
 DEFAULTS = {
     "model": "lstm", "epochs": 6, "patience": 3, "batch_size": 128, "hidden": 64, "dropout": 0.3,
-    "lr": 2e-3, "descent": 6, "weight_decay": 1e-4, "average": 0.99,
+    "lr": 2e-3, "descent": 660, "weight_decay": 1e-4, "average": 0.99,
 }  # fmt: skip
 
 

@@ -72,8 +72,8 @@ def make_parser(description, **defaults):
     add("--hidden", type=number(int, 1, 8192), help="hidden units h of one direction")
     add("--dropout", type=share, help="share of inputs and of pooled states set to zero")
     add("--lr", type=number(float, 1e-12, 1e6), help="highest learning rate of AdamW")
-    add("--descent", type=number(int, 0, 10_000), help="epochs in which the rate falls to a "
-        "twentieth, after a rise over half an epoch; 0: constant rate")  # fmt: skip
+    add("--descent", type=number(int, 0, 10**9), help="steps in which the rate rises and falls to "
+        "a twentieth, at most all steps; 0: constant rate")  # fmt: skip
     add("--weight-decay", type=number(float, 0, 1000), help="weight decay of AdamW")
     add("--clip", type=number(float, 1e-12, 1e12), help="largest norm of the gradient")
     add("--average", type=share, help="decay of the weights' moving average; 0: none")
@@ -401,12 +401,12 @@ class Run:
         self.seconds = time.perf_counter() - start
 
     def rate(self):
-        """The learning rate of this step: up to --lr in half an epoch, then down to a twentieth."""
-        done = (self.epoch - 1) + (self.step_in_epoch + 1) / self.steps_in_epoch  # epochs
+        """The rate of the next step: up to --lr in a twelfth of --descent, down to a twentieth."""
         if not self.args.descent:
             return self.args.lr
-        descent = min(self.args.epochs, self.args.descent)
-        return self.args.lr * min(done / 0.5, max(LOWEST_RATE, 1 - done / descent))
+        descent = min(self.args.descent, self.args.epochs * self.steps_in_epoch)
+        done = (self.steps + 1) / descent
+        return self.args.lr * min(12 * done, max(LOWEST_RATE, 1 - done))
 
     def step(self, loss):
         """One step of the optimiser down the gradient of a batch's mean loss."""

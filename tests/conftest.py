@@ -1,4 +1,4 @@
-"""What the tests share: the project on the path, its scripts called as a user calls them, no network."""
+"""What the tests share: the project on the path, its scripts as a user calls them, no network."""
 
 import os
 import subprocess
@@ -27,7 +27,7 @@ def own_data_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def call():
-    """Run a script's main in this process: call(text_classify, "--epochs", 1) -> its exit status."""
+    """Run a script in this process: call(text_classify, "--epochs", 1) -> its exit status."""
     import training
 
     def run(module, *arguments):

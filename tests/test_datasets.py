@@ -1,40 +1,50 @@
-"""Where data come from: files in every form, folders, downloads from a server that misbehaves, the bundled samples."""
+"""Where data come from: files of any kind, folders, servers that misbehave, the bundled samples."""
 
 import hashlib
 import io
+import os
 import threading
+import time
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import datasets
 import samples
-from datasets import REVIEWS, Dataset, Unreachable, UserError, download, load, whole_file
+from datasets import CLIMATE, REVIEWS, Dataset, UserError, load, whole_file
 
 TABLE = 'cat,label,review\n书籍,1,"很好，\n""值得"" 一读"\n酒店,0,NA\n'
 ROWS = [("书籍", "1", '很好，\n"值得" 一读'), ("酒店", "0", "NA")]
-
-
 BYTES = TABLE.encode()
 
 
-def zipped(*names, content=BYTES):
+def zipped(*names, content=BYTES, method=zipfile.ZIP_DEFLATED):
     stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(stream, "w", method) as archive:
         for name in names:
             archive.writestr(name, content)
     return stream.getvalue()
 
 
+def damaged(method):
+    """A zip with a byte changed in the middle of its packed content."""
+    content = bytearray(zipped("a.csv", content=os.urandom(50_000), method=method))
+    content[len(content) // 2] ^= 0xFF
+    return bytes(content)
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("plain.csv", TABLE.encode()),
+        ("plain.csv", BYTES),
         ("excel.csv", TABLE.encode("utf-8-sig")),
         ("chinese_windows.csv", TABLE.encode("gb18030")),
         ("packed.zip", zipped("inside.csv", "__MACOSX/inside.csv", "readme.txt")),
+        ("packed.ZIP", zipped("INSIDE.CSV", method=zipfile.ZIP_LZMA)),
         ("misnamed.csv", zipped("inside.csv")),
     ],
 )
@@ -42,9 +52,9 @@ def test_every_form_of_the_file_gives_the_same_rows(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     frame, data = load(REVIEWS, tmp_path / name)
     assert list(frame.itertuples(index=False, name=None)) == ROWS
-    assert data == {
-        "path": str(tmp_path / name), "sha256": hashlib.sha256(content).hexdigest(), "source": "file", "rows": 2,
-    }  # fmt: skip
+    digest = hashlib.sha256(content).hexdigest()
+    path = str(tmp_path / name)
+    assert data == {"path": path, "sha256": digest, "source": "file", "rows": 2}
 
 
 @pytest.mark.parametrize(
@@ -53,10 +63,14 @@ def test_every_form_of_the_file_gives_the_same_rows(tmp_path, name, content):
         ("empty.csv", b"", "is empty"),
         ("utf16.csv", TABLE.encode("utf-16"), "UTF-8"),
         ("picture.csv", bytes(range(256)), "UTF-8"),
-        ("ragged.csv", b'a,b\n1,2\n1,2,3,4\n"', "not a CSV"),
-        ("blank.csv", b"\n\n", "not a CSV"),
+        ("ragged.csv", b'a,b\n1,2\n1,2,3,4\n"', "no CSV"),
+        ("blank.csv", b"\n\n", "no CSV"),
         ("half.zip", zipped("inside.csv")[:60], "cannot be unpacked"),
-        ("text.zip", TABLE.encode(), "no zip"),
+        ("deflate.zip", damaged(zipfile.ZIP_DEFLATED), "cannot be unpacked"),
+        ("bzip2.zip", damaged(zipfile.ZIP_BZIP2), "cannot be unpacked"),
+        ("lzma.zip", damaged(zipfile.ZIP_LZMA), "cannot be unpacked"),
+        ("stored.zip", damaged(zipfile.ZIP_STORED), "cannot be unpacked"),
+        ("text.zip", BYTES, "no zip"),
         ("none.zip", zipped("readme.txt"), "holds 0 CSV files"),
         ("several.zip", zipped("a.csv", "b.csv"), "holds 2 CSV files"),
     ],
@@ -68,30 +82,94 @@ def test_unfit_files_are_refused_in_one_line(tmp_path, name, content, message):
     assert "\n" not in str(error.value) and name in str(error.value)
 
 
-def test_a_zip_bomb_is_not_unpacked(tmp_path, monkeypatch):
+@pytest.mark.parametrize("dataset", [REVIEWS, CLIMATE], ids=lambda dataset: dataset.name)
+@pytest.mark.parametrize("long", [[0], [1], [2], [0, 1, 2]])
+def test_rows_with_a_field_too_many_are_refused_by_number(tmp_path, dataset, long):
+    rows = ["蒙牛,0,text" + ",extra" * (row in long) for row in range(3)]
+    (tmp_path / "x.csv").write_text("cat,label,review\n" + "\n".join(rows), encoding="utf-8")
+    with pytest.raises(UserError, match=rf"line {long[0] + 2}\b|row {long[0] + 1}\b"):
+        load(dataset, tmp_path / "x.csv")
+
+
+def test_files_that_are_too_large_are_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "MAX_BYTES", 10_000)
-    (tmp_path / "bomb.zip").write_bytes(zipped("bomb.csv", content=b"0" * 1_000_000))
-    assert (tmp_path / "bomb.zip").stat().st_size < 10_000
+    content = zipped("bomb.csv", content=b"0" * 10_001)
+    assert len(content) < 10_000
+    (tmp_path / "bomb.zip").write_bytes(content)
     with pytest.raises(UserError, match="unpacks to more than 10,000 bytes"):
         load(REVIEWS, tmp_path / "bomb.zip")
+    (tmp_path / "large.csv").write_bytes(b"a\n" + b"0" * 9_999)
+    with pytest.raises(UserError, match="more than 10,000 bytes"):
+        load(REVIEWS, tmp_path / "large.csv")
+    (tmp_path / "large.csv").write_bytes(b"a\n" + b"0" * 9_998)
+    assert load(REVIEWS, tmp_path / "large.csv")[1]["rows"] == 1
 
 
-def test_missing_files_and_folders_are_refused(tmp_path):
-    with pytest.raises(UserError, match="No such file"):
-        load(REVIEWS, tmp_path / "absent.csv")
-    with pytest.raises(UserError, match="is a folder"):
-        load(REVIEWS, tmp_path)
+@pytest.mark.parametrize("name", ["absent.csv", ".", "absent/x.csv", "nul\0.csv", "~nobody_here/x"])
+def test_what_is_no_file_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError):
+        load(REVIEWS, name)
 
 
-def test_folders_are_searched_in_order(tmp_path, monkeypatch):
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs or devices here")
+def test_a_fifo_and_a_device_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "x.csv")
+    for path in (tmp_path / "x.csv", "/dev/zero"):
+        with pytest.raises(UserError, match="no regular file"):
+            load(REVIEWS, path)
+
+
+def test_a_missing_column_is_named_with_those_that_are_there():
+    frame = pd.DataFrame({"a": [1], "b": [2]})
+    datasets.check_columns(frame, ["b", "a"], "x.csv")
+    with pytest.raises(UserError, match=r"x\.csv has no column 'c'; its columns are: a, b"):
+        datasets.check_columns(frame, ["a", "c"], "x.csv")
+
+
+cells = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\0"), max_size=40)
+
+
+@given(
+    st.lists(st.tuples(cells, cells), min_size=1, max_size=8),
+    st.sampled_from(["utf-8", "utf-8-sig", "gb18030"]),
+)
+@settings(max_examples=40, deadline=None)
+def test_any_text_survives_the_csv_reader(tmp_path_factory, rows, encoding):
+    path = tmp_path_factory.mktemp("csv") / "any.csv"
+    frame = pd.DataFrame([("类", *row) for row in rows], columns=["cat", "label", "review"])
+    path.write_bytes(frame.to_csv(index=False).encode(encoding))
+    pd.testing.assert_frame_equal(load(REVIEWS, path)[0], frame, check_dtype=False)
+
+
+@given(
+    st.one_of(st.binary(max_size=400), st.binary(max_size=200).map(lambda x: zipped("a.csv") + x))
+)
+@settings(max_examples=150, deadline=None)
+def test_any_bytes_are_read_or_refused(tmp_path_factory, content):
+    path = tmp_path_factory.mktemp("bytes") / "any.csv"
+    path.write_bytes(content)
+    try:
+        assert load(REVIEWS, path)[1]["source"] == "file"
+    except UserError as error:
+        assert "\n" not in str(error)
+
+
+# --- folders ------------------------------------------------------------------------------------
+
+
+def test_folders_are_searched_in_order_and_a_tilde_is_the_home(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "DATA_DIR", tmp_path / "data")
-    monkeypatch.setenv("RNN_DATA_DIR", str(tmp_path / "shared"))
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "online_shopping_10_cats.csv").write_text(TABLE, encoding="utf-8")
-    assert load(REVIEWS)[1]["path"] == str(tmp_path / "data" / "online_shopping_10_cats.csv")
-    (tmp_path / "shared").mkdir()
-    (tmp_path / "shared" / REVIEWS.name).write_bytes(zipped("x.csv"))
-    assert load(REVIEWS)[1]["path"] == str(tmp_path / "shared" / REVIEWS.name)
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.setenv("RNN_DATA_DIR", "~/shared")
+    names = ["online_shopping_10_cats.zip", "online_shopping_10_cats.csv"]
+    paths = [tmp_path / folder / name for folder in ("shared", "data") for name in names]
+    for path in reversed(paths):  # the last one written is found first
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(zipped("x.csv") if path.suffix == ".zip" else BYTES)
+        assert load(REVIEWS)[1]["path"] == str(path)
+    assert load(REVIEWS, "~/data/" + names[1])[1]["path"] == str(paths[3])
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
@@ -102,15 +180,42 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
     assert list(path.parent.iterdir()) == []
     with whole_file(path, "w") as stream:
         stream.write("first")
+        assert not path.exists()
     with pytest.raises(RuntimeError), whole_file(path, "w") as stream:
         stream.write("second")
         raise RuntimeError
     assert path.read_text() == "first" and [p.name for p in path.parent.iterdir()] == ["file.txt"]
+    assert os.name == "nt" or path.stat().st_mode & 0o777 == 0o644
+    with pytest.raises(UserError, match=r"cannot write .*inside"), whole_file(path / "inside"):
+        pass
 
 
-# --- downloads --------------------------------------------------------------------------------------------------------
+def test_stale_half_files_are_removed_by_name_and_age(tmp_path):
+    names = [
+        ".a.zip.x1.part",
+        ".a.zip.7.part.f00.partial",
+        ".b.zip.x2.part",
+        "a.zip.part",
+        ".a.zip",
+    ]
 
-BODY = zipped("corpus.csv")
+    def left(*arguments):
+        datasets.remove_stale(tmp_path, *arguments)
+        return sorted(path.name for path in tmp_path.iterdir())
+
+    for name in names:
+        (tmp_path / name).write_text("")
+        os.utime(tmp_path / name, (time.time() - 100, time.time() - 100))
+    assert left("a.zip", 200) == sorted(names)
+    assert left("a.zip", 50) == sorted(names[2:])
+    assert left() == sorted(names[3:])
+
+
+# --- downloads ----------------------------------------------------------------------------------
+
+GOOD = zipped("corpus.csv")
+SHA256 = hashlib.sha256(GOOD).hexdigest()
+LOGIN = b"<html><body>Please accept the terms of our hotel</body></html>"
 
 
 class Misbehaving(BaseHTTPRequestHandler):
@@ -121,20 +226,14 @@ class Misbehaving(BaseHTTPRequestHandler):
         if kind == "hangup":
             self.close_connection = True
             return
-        if kind == "redirect":
-            self.send_response(302)
-            self.send_header("Location", "http://example.invalid/corpus.zip")
-            self.end_headers()
-            return
+        body = LOGIN if kind == "login" else GOOD
         self.send_response(int(kind) if kind.isdigit() else 200)
-        self.send_header("Content-Length", "many" if kind == "nonsense" else str(len(BODY)))
+        self.send_header("Content-Length", "many" if kind == "nonsense" else str(len(body)))
         self.end_headers()
+        self.wfile.write(body[:20] if kind in ("cut", "stall") else body)
         if kind == "stall":
-            self.wfile.write(BODY[:20])
             self.wfile.flush()
             self.server.stalled.wait(5)
-        else:
-            self.wfile.write(BODY[:20] if kind == "cut" else BODY)
 
     def log_message(self, *arguments):
         pass
@@ -145,87 +244,94 @@ def server():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Misbehaving)
     server.stalled = threading.Event()
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
+    yield f"http://127.0.0.1:{server.server_port}/"
     server.stalled.set()
     server.shutdown()
+    server.server_close()
 
 
-def test_a_download_arrives_whole_and_verified(server, tmp_path):
-    path = download(
-        f"{server}/good", tmp_path / "data" / "corpus.zip", hashlib.sha256(BODY).hexdigest()
-    )
-    assert path.read_bytes() == BODY and [p.name for p in path.parent.iterdir()] == ["corpus.zip"]
-
-
-@pytest.mark.parametrize("kind", ["404", "500", "503", "cut", "hangup", "stall", "nonsense"])
-def test_failed_downloads_leave_nothing_and_say_why(server, tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(datasets, "TIMEOUT", 0.5)
-    with pytest.raises(Unreachable, match=r"^127\.0\.0\.1: "):
-        download(f"{server}/{kind}", tmp_path / "data" / "corpus.zip")
-    assert list((tmp_path / "data").iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("path", "message"),
-    [("/good", "SHA-256"), ("/redirect", "not an https address")],
-    ids=["hash", "redirect"],
-)
-def test_suspicious_downloads_are_refused(server, tmp_path, path, message):
-    with pytest.raises(UserError, match=message):
-        download(server + path, tmp_path / "data" / "corpus.zip", "0" * 64)
-    assert list((tmp_path / "data").iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    "url", ["http://example.invalid/x", "ftp://127.0.0.1/x", "file:///etc/passwd"]
-)
-def test_only_https_leaves_this_machine(tmp_path, url):
-    with pytest.raises(UserError, match="https"):
-        download(url, tmp_path / "x")
-
-
-def test_no_name_resolution_and_a_dead_proxy(tmp_path, monkeypatch):
-    with pytest.raises(Unreachable):
-        download("https://name.invalid/x", tmp_path / "x")
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
-    with pytest.raises(Unreachable, match="refused"):
-        download("https://name.invalid/x", tmp_path / "x")
-
-
-def test_a_download_that_is_too_large_is_stopped(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "MAX_BYTES", 100)
-    with pytest.raises(UserError, match="more than 100 bytes"):
-        download(f"{server}/good", tmp_path / "x")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_two_downloads_at_once_both_end_well(server, tmp_path):
-    threads = [
-        threading.Thread(target=download, args=(f"{server}/good", tmp_path / "corpus.zip"))
-        for _ in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert (tmp_path / "corpus.zip").read_bytes() == BODY and len(list(tmp_path.iterdir())) == 1
-
-
-def test_load_downloads_once_and_falls_back_to_the_sample(server, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty data/; a server that is silent for half a second is given up."""
     monkeypatch.setattr(datasets, "DATA_DIR", tmp_path / "data")
-    monkeypatch.delenv("RNN_DATA_DIR", raising=False)
-    digest = hashlib.sha256(BODY).hexdigest()
-    good = Dataset("corpus.zip", f"{server}/good", digest, samples.reviews, REVIEWS.options)
-    assert load(good)[1]["source"] == "download" and load(good)[1]["source"] == "file"
-    frame, data = load(
-        Dataset("other.zip", f"{server}/404", digest, samples.reviews, REVIEWS.options)
-    )
+    monkeypatch.setattr(datasets, "TIMEOUT", 0.5)
+    return tmp_path / "data"
+
+
+def corpus(server, *kinds, **known):
+    """A dataset with an address for each kind of answer; its sample is made_up."""
+    made_up = pd.DataFrame(columns=["cat", "label", "review"])
+    urls = tuple(server + kind for kind in kinds)
+    return Dataset("corpus.zip", urls, lambda: made_up, options=REVIEWS.options, **known)
+
+
+BAD_ANSWERS = ["404", "500", "503", "cut", "hangup", "stall", "nonsense", "login"]
+
+
+@pytest.mark.parametrize("known", [{"sha256": SHA256}, {"size": len(GOOD), "rows": 2}, {"rows": 2}])
+@pytest.mark.parametrize("kind", BAD_ANSWERS)
+def test_after_a_bad_answer_the_next_address_is_tried(server, folder, monkeypatch, kind, known):
+    named, verify = [], datasets.verify
+    monkeypatch.setattr(
+        datasets, "verify",
+        lambda dataset, path: [named.append((folder / "corpus.zip").exists()), verify(dataset, path)],
+    )  # fmt: skip
+    frame, data = load(corpus(server, kind, "good", "404", **known))
+    assert frame["cat"].tolist() == ["书籍", "酒店"] and not any(named)
+    path = str(folder / "corpus.zip")
+    assert data == {"path": path, "sha256": SHA256, "source": "download", "rows": 2}
+    assert [p.name for p in folder.iterdir()] == ["corpus.zip"]
+    assert load(corpus(server, "404"))[1] == data | {"source": "file"}  # downloaded once
+
+
+@pytest.mark.parametrize(
+    "known",
+    [
+        {"sha256": "0" * 64},
+        {"size": len(GOOD) + 1},
+        {"size": len(GOOD) - 1},
+        {"rows": 1},
+        {"rows": 3},
+    ],
+)
+def test_a_file_that_is_another_is_not_kept(server, folder, known):
+    assert load(corpus(server, "good", **known))[1]["source"] == "sample"
+    assert list(folder.iterdir()) == []
+
+
+def test_a_table_with_other_columns_is_not_kept(server, folder):
+    dataset = corpus(server, "good", rows=2)
+    dataset.sample().insert(0, "T (degC)", [])
+    assert load(dataset)[1]["source"] == "sample" and list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", BAD_ANSWERS)
+def test_when_all_addresses_fail_the_sample_says_why(server, folder, monkeypatch, capsys, kind):
+    monkeypatch.setenv("RNN_DATA_DIR", "/nowhere")
+    data = load(corpus(server, kind, kind, sha256=SHA256))[1]
+    digest = hashlib.sha256(b"cat,label,review\n").hexdigest()
+    assert data == {"path": "bundled sample", "sha256": digest, "source": "sample", "rows": 0}
+    banner = capsys.readouterr().out
+    assert "BUNDLED SAMPLE" in banner and "(127.0.0.1: " in banner and server + kind in banner
+    assert "RNN_DATA_DIR=/nowhere" in banner and (kind in banner or not kind.isdigit())
+    assert list(folder.iterdir()) == []
+
+
+def test_without_a_network_the_sample_is_used(folder, capsys):
+    frame, data = load(REVIEWS)
     assert data["source"] == "sample" and len(frame) == data["rows"] == 2000
-    output = capsys.readouterr().out
-    assert "BUNDLED SAMPLE" in output and "404" in output
+    banner = capsys.readouterr().out
+    assert "refused" in banner and REVIEWS.urls[0] in banner and "RNN_DATA_DIR" not in banner
 
 
-# --- the samples ------------------------------------------------------------------------------------------------------
+def test_a_data_folder_that_cannot_be_written_is_a_reason(server, tmp_path, monkeypatch, capsys):
+    (tmp_path / "data").write_text("a file")
+    monkeypatch.setattr(datasets, "DATA_DIR", tmp_path / "data")
+    assert load(corpus(server, "good", sha256=SHA256))[1]["source"] == "sample"
+    assert "cannot be written" in capsys.readouterr().out
+
+
+# --- the samples --------------------------------------------------------------------------------
 
 
 def test_the_sample_of_reviews():
