@@ -11,7 +11,7 @@ from torch import nn
 
 import bptt
 
-# fmt: off  (the shapes stand in a column)
+# fmt: off
 
 
 def rnn(inputs, state, params):
@@ -23,9 +23,9 @@ def rnn(inputs, state, params):
     W_xh, W_hh, b_h, W_hq, b_q = params
     (H,) = state
     outputs = []
-    for X in inputs:  # (B, D)
-        H = torch.tanh(X @ W_xh + H @ W_hh + b_h)  # (B, h)
-        Y = H @ W_hq + b_q  # (B, Q)
+    for X in inputs:                                # (B, D)
+        H = torch.tanh(X @ W_xh + H @ W_hh + b_h)   # (B, h)
+        Y = H @ W_hq + b_q                          # (B, Q)
         outputs.append(Y)
     return stack(outputs), (H,)
 
@@ -40,12 +40,12 @@ def gru(inputs, state, params):
     W_xz, W_hz, b_z, W_xr, W_hr, b_r, W_xh, W_hh, b_h, W_hq, b_q = params
     (H,) = state
     outputs = []
-    for X in inputs:  # (B, D)
-        Z = torch.sigmoid(X @ W_xz + H @ W_hz + b_z)  # (B, h), update gate
-        R = torch.sigmoid(X @ W_xr + H @ W_hr + b_r)  # (B, h), reset gate
-        H_tilde = torch.tanh(X @ W_xh + (R * H) @ W_hh + b_h)  # (B, h), candidate
+    for X in inputs:                                            # (B, D)
+        Z = torch.sigmoid(X @ W_xz + H @ W_hz + b_z)            # (B, h), update gate
+        R = torch.sigmoid(X @ W_xr + H @ W_hr + b_r)            # (B, h), reset gate
+        H_tilde = torch.tanh(X @ W_xh + (R * H) @ W_hh + b_h)   # (B, h), candidate
         H = Z * H + (1 - Z) * H_tilde
-        Y = H @ W_hq + b_q  # (B, Q)
+        Y = H @ W_hq + b_q                                      # (B, Q)
         outputs.append(Y)
     return stack(outputs), (H,)
 
@@ -58,14 +58,14 @@ def lstm(inputs, state, params):
     W_xi, W_hi, b_i, W_xf, W_hf, b_f, W_xo, W_ho, b_o, W_xc, W_hc, b_c, W_hq, b_q = params
     H, C = state
     outputs = []
-    for X in inputs:  # (B, D)
-        I = torch.sigmoid(X @ W_xi + H @ W_hi + b_i)  # (B, h), input gate
-        F = torch.sigmoid(X @ W_xf + H @ W_hf + b_f)  # (B, h), forget gate
-        O = torch.sigmoid(X @ W_xo + H @ W_ho + b_o)  # (B, h), output gate
-        C_tilde = torch.tanh(X @ W_xc + H @ W_hc + b_c)  # (B, h), candidate
+    for X in inputs:                                        # (B, D)
+        I = torch.sigmoid(X @ W_xi + H @ W_hi + b_i)        # (B, h), input gate
+        F = torch.sigmoid(X @ W_xf + H @ W_hf + b_f)        # (B, h), forget gate
+        O = torch.sigmoid(X @ W_xo + H @ W_ho + b_o)        # (B, h), output gate
+        C_tilde = torch.tanh(X @ W_xc + H @ W_hc + b_c)     # (B, h), candidate
         C = F * C + I * C_tilde
         H = O * torch.tanh(C)
-        Y = H @ W_hq + b_q  # (B, Q)
+        Y = H @ W_hq + b_q                                  # (B, Q)
         outputs.append(Y)
     return stack(outputs), (H, C)
 
@@ -100,9 +100,9 @@ def reverse(sequences, lengths=None):
     if lengths is None:
         return sequences.flip(0)
     T, B, _ = sequences.shape
-    steps = torch.arange(T, device=sequences.device)[:, None]  # (T, 1)
-    source = torch.where(steps < lengths, lengths - 1 - steps, steps)  # (T, B)
-    rows = source * B + torch.arange(B, device=sequences.device)  # (T, B), in (T * B, D)
+    steps = torch.arange(T, device=sequences.device)[:, None]           # (T, 1)
+    source = torch.where(steps < lengths, lengths - 1 - steps, steps)   # (T, B)
+    rows = source * B + torch.arange(B, device=sequences.device)        # (T, B), in (T * B, D)
     return sequences.flatten(0, 1).index_select(0, rows.flatten()).view(sequences.shape)
 
 

@@ -96,7 +96,7 @@ def parse(parser, arguments=None, presets=None):
     Raises UserError for arguments that do not go together.
     """
     for action in parser._actions:
-        if action.help and action.default not in (None, False, argparse.SUPPRESS):
+        if not any(action.default is none for none in (None, False, argparse.SUPPRESS)):
             action.help += " (default: %(default)s)"
     args = parser.parse_args(arguments)
     if presets and args.preset:

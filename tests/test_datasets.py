@@ -272,10 +272,12 @@ BAD_ANSWERS = ["404", "500", "503", "cut", "hangup", "stall", "nonsense", "login
 @pytest.mark.parametrize("kind", BAD_ANSWERS)
 def test_after_a_bad_answer_the_next_address_is_tried(server, folder, monkeypatch, kind, known):
     named, verify = [], datasets.verify
-    monkeypatch.setattr(
-        datasets, "verify",
-        lambda dataset, path: [named.append((folder / "corpus.zip").exists()), verify(dataset, path)],
-    )  # fmt: skip
+
+    def note(dataset, path):
+        named.append((folder / "corpus.zip").exists())
+        verify(dataset, path)
+
+    monkeypatch.setattr(datasets, "verify", note)
     frame, data = load(corpus(server, kind, "good", "404", **known))
     assert frame["cat"].tolist() == ["书籍", "酒店"] and not any(named)
     path = str(folder / "corpus.zip")

@@ -57,11 +57,8 @@ def test_scores_do_not_depend_on_the_scale_of_the_matrix():
 def test_perfect_predictions_score_one():
     matrix = confusion_matrix([0, 1, 2], [0, 1, 2], 3)
     assert accuracy(matrix) == 1.0
-    assert (
-        precision_recall_f1(matrix, "macro")
-        == precision_recall_f1(matrix, "weighted")
-        == (1.0, 1.0, 1.0)
-    )
+    for average in ("macro", "weighted"):
+        assert precision_recall_f1(matrix, average) == (1.0, 1.0, 1.0)
 
 
 def test_errors_by_hand():
@@ -93,19 +90,19 @@ def test_unfit_errors_are_refused(measure, truth, forecast):
 
 
 @pytest.mark.parametrize(
-    ("truth", "guess"),
-    [
-        ([], []),
-        ([0, 1], [0]),
-        ([[0]], [[0]]),
-        ([0, 4], [0, 0]),
-        ([0, 0], [-1, 0]),
-        ([0.0, 1.0], [0.0, 1.0]),
-    ],
+    ("truth", "guess"), [([], []), ([0, 1], [0]), ([[0]], [[0]]), ([0.0, 1.0], [0.0, 1.0])]
 )
 def test_unfit_labels_are_refused(truth, guess):
     with pytest.raises(ValueError):
         confusion_matrix(truth, guess, 4)
+
+
+@pytest.mark.parametrize("wrong", [-1, 4])
+def test_labels_outside_the_classes_are_refused(wrong):
+    # Unrefused, truth 1 and guess -1 would count as 0 and 3, truth 0 and guess 4 as 1 and 0.
+    for truth, guess in ([1, 0], [wrong, 0]), ([0, wrong], [1, 1]), ([0, 0], [0, wrong]):
+        with pytest.raises(ValueError, match=r"0\.\.3"):
+            confusion_matrix(truth, guess, 4)
 
 
 @pytest.mark.parametrize(

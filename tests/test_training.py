@@ -67,33 +67,39 @@ class One(nn.Module):
 # --- one step, the rate, the average ------------------------------------------------------------
 
 
+FALL = [12.0, *range(22, 1, -1), 1.2, 1.2]  # of 24: x 12 / 24, then 1 - step / 24, then a twentieth
+
+
 @pytest.mark.parametrize(
-    ("descent", "expected"),
+    ("descent", "steps", "expected"),
     [
-        (2, [0.4, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.04]),  # at 1/4 ... 2: min(2 x, 1 - x / 2)
-        (9, [0.4, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.04]),  # never longer than the run
-        (1, [0.4, 0.4, 0.2, 0.04, 0.04, 0.04, 0.04, 0.04]),
-        (0, [0.8] * 8),
+        (24, 13, [*FALL, 1.2, 1.2]),
+        (99, 12, FALL),  # never longer than the run, 2 epochs
+        (1, 2, [1.2] * 4),
+        (0, 2, [24.0] * 4),
     ],
 )
-def test_the_rate_rises_for_half_an_epoch_and_falls_to_a_twentieth(tmp_path, descent, expected):
-    run, rates = start(tmp_path, lr=0.8, epochs=2, descent=descent), []
-    train(run, steps=4, after=lambda: rates.append(run.optimizer.param_groups[0]["lr"]))
+def test_the_rate_rises_in_a_twelfth_and_falls_to_a_twentieth(tmp_path, descent, steps, expected):
+    run, rates = start(tmp_path, lr=24.0, epochs=2, descent=descent), []
+    train(run, steps=steps, after=lambda: rates.append(run.optimizer.param_groups[0]["lr"]))
     assert rates == pytest.approx(expected)
 
 
-def test_steps_of_adamw_with_decay_and_clipping_as_by_hand(tmp_path):
-    run = start(tmp_path, One(), weight_decay=0.5)
-    for _ in zip(run.epochs(), run.progress(range(2)), strict=False):
-        run.step(3 * run.model.w.sum())  # the gradient stays 3, so Adam moves by the rate, 0.1
-        assert run.model.w.item() == pytest.approx(1 - 0.05 - 0.1)
-        run.step(3 * run.model.w.sum())
-        assert run.model.w.item() == pytest.approx(0.85 - 0.0425 - 0.1)
-        break
-    run = start(tmp_path, One(), clip=1e-8)  # as large as Adam's epsilon: half a step
-    for _ in zip(run.epochs(), run.progress(range(1)), strict=False):
-        run.step(3 * run.model.w.sum())
-    assert run.model.w.item() == pytest.approx(1 - 0.05)
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({}, [0.9, 0.8]),  # the gradient stays 3, so Adam moves by the rate, 0.1
+        ({"weight_decay": 0.5}, [1 - 0.05 - 0.1, 0.85 - 0.0425 - 0.1]),
+        ({"clip": 1e-8}, [0.95, 0.9]),  # as small as Adam's epsilon: half as far
+    ],
+)
+def test_steps_of_adamw_as_by_hand(tmp_path, changed, expected):
+    run, w = start(tmp_path, One(), epochs=1, **changed), []
+    for _ in run.epochs():
+        for _ in run.progress(range(2)):
+            run.step(3 * run.model.w.sum())
+            w.append(run.model.w.item())
+    assert w == pytest.approx(expected)
 
 
 def test_the_moving_average_as_by_hand(tmp_path):
@@ -190,7 +196,7 @@ def test_metrics_are_written_with_what_the_run_knows(tmp_path, monkeypatch):
 
 # --- resuming -----------------------------------------------------------------------------------
 
-LONG = {"epochs": 4, "average": 0.9, "descent": 3, "weight_decay": 0.1}
+LONG = {"epochs": 4, "average": 0.9, "descent": 13, "weight_decay": 0.1}
 
 
 def state(run):
@@ -412,6 +418,12 @@ def test_a_comparison_is_written_and_printed(tmp_path, capsys):
     assert table in capsys.readouterr().out
 
 
+def test_histories_become_panels_with_a_curve_for_each_structure():
+    histories = {"rnn": [{"a": 1, "b": 0}, {"a": 2, "b": 0}], "bilstm": [{"a": 3, "b": 0}]}
+    panels = training.history_panels(histories, {"title": "a"})
+    assert panels == {"title": {"RNN": [1, 2], "Bi-LSTM": [3]}}
+
+
 # --- options and device -------------------------------------------------------------------------
 
 
@@ -491,7 +503,7 @@ def test_devices_that_are_there_are_taken_and_others_refused(monkeypatch):
 
 
 def fail(error):
-    def main():
+    def main(*arguments, **options):
         raise error
 
     return main
@@ -667,3 +679,49 @@ def test_a_dollar_in_a_label_is_a_dollar_sign(tmp_path, monkeypatch):
 def test_without_a_chinese_font_labels_are_english(monkeypatch):
     monkeypatch.setattr(font_manager.fontManager, "ttflist", [])
     assert plots.label_font(["书籍", "a$", "别的"]) == (["books", r"a\$", "class 3"], None)
+
+
+def lines(axes):
+    """The lines of a diagram by their labels: (x, y) as lists."""
+    return {line.get_label(): line.get_xydata().T.tolist() for line in axes.get_lines()}
+
+
+def test_curves_begin_with_epoch_1(tmp_path, monkeypatch):
+    panels = {"loss": {"training": [3, 2], "validation": [4, 5]}, "F1": {"RNN": [0.5]}}
+    figure = drawn(monkeypatch, tmp_path / "c.png", plots.draw_curves, panels)
+    assert [axes.get_title() for axes in figure.axes] == ["loss", "F1"]
+    assert lines(figure.axes[0]) == {"training": [[1, 2], [3, 2]], "validation": [[1, 2], [4, 5]]}
+    assert lines(figure.axes[1]) == {"RNN": [[1], [0.5]]}
+
+
+def test_gradients_begin_at_the_end_of_the_text(tmp_path, monkeypatch):
+    reach = {"RNN": [1, 0.5], "GRU": [1, 0.9]}
+    figure = drawn(monkeypatch, tmp_path / "c.png", plots.draw_gradients, reach, "title")
+    assert lines(figure.axes[0]) == {"RNN": [[0, 1], [1, 0.5]], "GRU": [[0, 1], [1, 0.9]]}
+    assert figure.axes[0].get_yscale() == "log"
+
+
+def test_lead_time_shows_mean_and_median_over_windows(tmp_path, monkeypatch):
+    errors = {"LSTM": np.array([[1, 5], [2, 5], [6, 11.0]])}
+    figure = drawn(monkeypatch, tmp_path / "c.png", plots.draw_lead_time, [1, 2], errors, "error")
+    assert [lines(axes) for axes in figure.axes] == [
+        {"LSTM": [[1, 2], [3, 7]]},
+        {"LSTM": [[1, 2], [2, 5]]},
+    ]
+    assert [axes.get_title() for axes in figure.axes] == ["mean error", "median error"]
+
+
+def test_a_forecast_is_drawn_over_the_last_steps(tmp_path, monkeypatch):
+    index, truth = pd.date_range("2015-01-01", periods=7, freq="D"), np.arange(7.0)
+    forecast = np.array([8.0, 9.0])
+    window = {"index": index, "truth": truth, "forecast": forecast, "low": forecast - 1,
+              "high": forecast + 2, "steps_a_day": 1, "error": 3.0}  # fmt: skip
+    figure = drawn(monkeypatch, tmp_path / "c.png", plots.draw_forecasts, [window] * 2, "title")
+    assert len(figure.axes) == 6
+    for axes in figure.axes[:2]:
+        x, shown = [line.get_xdata() for line in axes.get_lines()], lines(axes)
+        assert list(x[0]) == list(index) and list(x[1]) == list(index[5:]) and x[2][0] == index[5]
+        assert shown["truth"][1] == truth.tolist() and shown["forecast"][1] == [8, 9]
+        band = axes.collections[0].get_paths()[0].vertices[:, 1]
+        assert set(band.tolist()) == {7, 8, 10, 11}
+        assert axes.get_title() == "2015-01-06: mean error 3.00 degC"
