@@ -75,7 +75,7 @@ def bi_lstm(inputs, state, params, lengths=None):
 
     inputs (T, B, D), state ((H, C), (H_b, C_b)) of (B, h) each; lengths (B,) for sequences padded
     on the right: the backward LSTM then starts at each sequence's own last step.
-    Returns outputs (T, B, Q) and the last states of both; H_b and C_b have read down to step 0.
+    Returns outputs (T, B, Q) and the last states of both, which have read the padding too.
     """
     forward, backward = state
     *params, W_hq, b_q = params
@@ -271,7 +271,8 @@ class TextClassifier(nn.Module):
         """vocab_sizes: a size for each aspect of a token (word, character, ...).
 
         num_inputs: D, an embedding's size; num_hiddens: h; dropout: share of the embedded inputs
-        and of the pooled states set to zero in training. Raises ValueError for an unknown word.
+        and of the pooled states set to zero in training.
+        Raises ValueError for an unknown cell, pool or loops.
         """
         super().__init__()
         if pool not in POOLS:

@@ -11,6 +11,7 @@ difference from a smooth climatology of the training years, and corrects a linea
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -271,13 +272,20 @@ def fit_ridge(features, targets, train, validation, penalties):
     return solve(*first, best), solve(*(a + b for a, b in zip(first, second, strict=True)), best)
 
 
-def fit_linear_models(weather):
-    """The linear forecast W_xq that the network corrects, and the linear baseline.
+@dataclass
+class LinearModels:
+    """The linear forecasts of scaled anomalies: the network's linear part, and the baseline."""
 
-    Both are of scaled anomalies. W_xq (3 (known + 1), horizon), from the temperatures of the
-    training windows, changes with the season as far as validation bears it. The baseline, a
-    function starts -> (n, horizon), is plain ridge on all columns that the network sees, fitted to
-    all windows of the training years.
+    W_xq: torch.Tensor  # (3 (known + 1), horizon), fitted to the training windows, for training
+    W_xq_all: torch.Tensor  # the same with the validation windows, for testing
+    baseline: Callable  # from window starts (n,) to (n, horizon)
+
+
+def fit_linear_models(weather):
+    """Fit the `LinearModels` of a series.
+
+    W_xq is ridge on the temperatures and changes with the season as far as validation bears it. The
+    baseline is plain ridge on all columns that the network sees, fitted to all training years.
     """
     known, C = weather.known, len(weather.columns)
 
@@ -297,13 +305,17 @@ def fit_linear_models(weather):
     by_season = [
         np.r_[[p] * known, free, [p * s] * (2 * known + 2)] for p in PENALTIES for s in SEASON
     ]
-    W_xq, _ = fit_ridge(seasonal, targets, *parts, by_season)
+    W_xq, W_xq_all = fit_ridge(seasonal, targets, *parts, by_season)
     _, W = fit_ridge(plain, targets, *parts, [np.r_[[p] * (known * C), free] for p in PENALTIES])
-    return torch.from_numpy(W_xq).float(), lambda starts: plain(starts) @ W
+    both = torch.from_numpy(np.stack([W_xq, W_xq_all])).float()
+    return LinearModels(*both, lambda starts: plain(starts) @ W)
 
 
 def baseline_forecasts(weather, starts, linear):
-    """The baselines' forecasts {name: (n, horizon)}, degC, for windows that begin at starts."""
+    """The baselines' forecasts {name: (n, horizon)}, degC, for windows that begin at starts.
+
+    linear: the baseline of `LinearModels`.
+    """
     past, future = weather.past(starts), weather.future(starts)
     climate, days = weather.climatology[future], weather.horizon // weather.steps_a_day
     return {
@@ -343,7 +355,7 @@ def train(args, name, weather, data, linear, device):
     }  # fmt: skip
     training.seed_all(args.seed)
     model = build_model(config["options"])
-    model.W_xq.copy_(linear)
+    model.W_xq.copy_(linear.W_xq)
     run = Run(args, args.out / f"temp_{name}", config, model.to(device))
     print(f"\n{NAMES[name]}: {run.parameters:,} parameters, {device}", flush=True)
     inputs, scale = torch.from_numpy(weather.inputs).to(device), float(weather.scale[0])
@@ -370,7 +382,10 @@ def train(args, name, weather, data, linear, device):
 
 
 def test(run, name, weather, data, linear):
-    """Test a trained structure and write its results; returns the content of metrics.json."""
+    """Test a trained structure and write its results; returns the content of metrics.json.
+
+    The band comes from the validation errors; then the linear part is fitted with those rows too.
+    """
     inputs = torch.from_numpy(weather.inputs).to(run.params[0].device)
     scale = float(weather.scale[0])
 
@@ -378,9 +393,11 @@ def test(run, name, weather, data, linear):
         anomalies = forecast(run.model, inputs, weather.past(starts)) * scale
         return weather.climatology[weather.future(starts)] + anomalies
 
+    run.model.W_xq.copy_(linear.W_xq)
     validation = weather.starts["validation"]
     errors = weather.truth[weather.future(validation)] - degrees(validation)
     band = np.quantile(errors, BAND, axis=0)  # (2, horizon), degC: by lead time
+    run.model.W_xq.copy_(linear.W_xq_all)
     training.save_checkpoint(
         run.folder / "best.pt", **run.config, epoch=run.best["epoch"],
         weights=run.model.state_dict(), band=band.tolist(),
@@ -388,7 +405,10 @@ def test(run, name, weather, data, linear):
     forecasts, entries = {}, {}
     for part in PARTS:
         starts = weather.starts[part]
-        forecasts[part] = {"model": degrees(starts), **baseline_forecasts(weather, starts, linear)}
+        forecasts[part] = {
+            "model": degrees(starts),
+            **baseline_forecasts(weather, starts, linear.baseline),
+        }
         entries[part] = test_errors(weather.truth[weather.future(starts)], forecasts[part], band)
     split = {part: len(weather.starts[part]) for part in ("train", "validation")}
     split["test"] = len(weather.starts["daily_origins"])
@@ -549,12 +569,12 @@ def main():
     lock = training.hold_folder(args.out)
     frame, data = datasets.load(datasets.CLIMATE, args.data)
     weather = prepare(args, read_series(frame, data["path"], args.freq), data["path"])
-    W_xq, linear = fit_linear_models(weather)
+    linear = fit_linear_models(weather)
     if args.model == "all":
         training.clear_folder(args.out / "temp_all")
     results, histories = {}, {}
     for name in NAMES if args.model == "all" else [args.model]:
-        run = train(args, name, weather, data, W_xq, device)
+        run = train(args, name, weather, data, linear, device)
         if training.is_first():
             results[name] = test(run, name, weather, data, linear)
             histories[name] = run.history
