@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import csv
 import hashlib
 import io
 import os
@@ -105,7 +106,7 @@ def load(dataset, path=None):
     so. Raises UserError for a file that is missing or unfit.
     """
     source = "file"
-    path = Path(path).expanduser() if path else find(dataset)
+    path = expand(path) if path else find(dataset)
     if path is None:
         path, reason = download(dataset)
         source = "download"
@@ -124,7 +125,12 @@ def load(dataset, path=None):
 def data_folders():
     """RNN_DATA_DIR, where it is set, and data/."""
     named = os.environ.get("RNN_DATA_DIR")
-    return [*([Path(named).expanduser()] if named else []), DATA_DIR]
+    return [*([expand(named)] if named else []), DATA_DIR]
+
+
+def expand(path):
+    """The path with ~ replaced by the home folder, where one is known."""
+    return Path(os.path.expanduser(path))
 
 
 def find(dataset):
@@ -161,7 +167,8 @@ def download(dataset):
         reason = f"{DATA_DIR} cannot be written: {error.strerror}"
     finally:
         socket.setdefaulttimeout(before)
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
     return None, reason
 
 
@@ -254,6 +261,10 @@ def parse_csv(content, path, options):
             return pd.read_csv(io.StringIO(text), index_col=False, **options)
     except (pd.errors.ParserError, pd.errors.ParserWarning, pd.errors.EmptyDataError) as error:
         reason = " ".join(str(error).split())
+        with contextlib.suppress(csv.Error, StopIteration):
+            header, *rows = csv.reader(io.StringIO(text))
+            row = next(i for i, fields in enumerate(rows, 1) if len(fields) > len(header))
+            reason = f"row {row} has more fields than the header"
         raise UserError(f"{path} is no CSV table ({reason}); check commas and quotes") from error
 
 

@@ -31,7 +31,8 @@ def picture(draw):
             with whole_file(path) as stream:
                 figure.savefig(stream, format="png", dpi=88)
         except Exception as error:
-            print(f"picture {path} was not drawn: {error}", file=sys.stderr)
+            reason = " ".join(str(error).split())
+            print(f"picture {path} was not drawn: {reason}", file=sys.stderr)
 
     return write
 

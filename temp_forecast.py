@@ -10,6 +10,7 @@ starts at a midnight. Errors are absolute, in degC. The network sees and forecas
 difference from a smooth climatology of the training years, and corrects a linear forecast.
 """
 
+import contextlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -76,8 +77,7 @@ def read_series(frame, path, freq):
     impossible = (values <= -999) | np.isinf(values)
     impossible[TARGET] |= ~values[TARGET].between(-90, 60) & values[TARGET].notna()
     values = values.mask(impossible)
-    values = values.loc[:, values.notna().any()]
-    if TARGET not in values:
+    if not values[TARGET].notna().any():
         raise UserError(f"{path} has no temperatures in its column {TARGET!r}; check the file")
     for name in [name for name in values if name.endswith("(deg)")]:
         angle = np.deg2rad(values.pop(name))
@@ -87,9 +87,8 @@ def read_series(frame, path, freq):
     values = values.sort_index().groupby(level=0).mean()
     steps = values.resample(freq)
     spacing = values.index.to_series().diff().median()
-    expected = (
-        1 if pd.isna(spacing) else max(1.0, pd.Timedelta(1, freq.lstrip("10") or freq) / spacing)
-    )
+    step = pd.Timedelta(days=1) / STEPS_A_DAY[freq]
+    expected = 1.0 if pd.isna(spacing) else max(1.0, step / spacing)  # rows in a step
     series = steps.mean().where(steps.count() >= 0.75 * expected)
     missing = series[TARGET].isna()
     series = series.apply(fill_short_gaps, longest=3 * STEPS_A_DAY[freq] // 24)
@@ -534,14 +533,16 @@ def predict(args, device):
         coefficients, scale, band = (
             np.array(saved[key], float) for key in ("climatology", "scale", "band")
         )
-        if not all(np.isfinite(numbers).all() for numbers in (coefficients, scale, band)):
-            raise ValueError("numbers that are not finite")
+        terms = harmonics(pd.DatetimeIndex(["2009-01-01"]), steps_a_day).shape[1]
+        shapes = (terms, len(columns)), (len(columns),), (2, horizon)
+        for numbers, shape in zip((coefficients, scale, band), shapes, strict=True):
+            if numbers.shape != shape or not np.isfinite(numbers).all():
+                raise ValueError("numbers of a wrong shape, or not finite")
         model = build_model(options)
         training.load_weights(model.to(device), saved["weights"])
     frame, data = datasets.load(datasets.CLIMATE, args.predict)
-    stdout, sys.stdout = sys.stdout, sys.stderr  # only the forecast goes to stdout
-    series = read_series(frame, data["path"], freq)
-    sys.stdout = stdout
+    with contextlib.redirect_stdout(sys.stderr):  # only the forecast goes to stdout
+        series = read_series(frame, data["path"], freq)
     datasets.check_columns(series, columns, args.predict)
     recent = series[columns].iloc[-known:]
     if len(recent) < known or recent.isna().to_numpy().any():

@@ -87,7 +87,7 @@ def read_reviews(args):
     frame, data = datasets.load(datasets.REVIEWS, args.data)
     path = data["path"]
     datasets.check_columns(frame, (args.text_column, args.label_column), path)
-    texts = [text.strip().lstrip("\ufeff") for text in frame[args.text_column].astype(str)]
+    texts = [text.strip("\ufeff \t\r\n\u3000") for text in frame[args.text_column].astype(str)]
     names = np.array([name.strip() for name in frame[args.label_column].astype(str)], dtype=object)
     usable = np.array([bool(t) and bool(n) for t, n in zip(texts, names, strict=True)], dtype=bool)
     i = np.arange(1, len(texts) + 1)
@@ -369,6 +369,8 @@ def gradient_reach(model, corpus, rows):
     """
     model.eval()
     rows = rows[corpus.lengths[rows] >= REACH][:512]
+    if not len(rows):
+        return [0.0] * REACH
     cell, recurrence = model.recurrence.cell, model.recurrence
     one_direction = "lstm" if cell == "bi_lstm" else cell
     h, total = recurrence.num_hiddens, torch.zeros(REACH)
@@ -393,7 +395,7 @@ def gradient_reach(model, corpus, rows):
         back = lengths - 1 - torch.arange(REACH, device=corpus.device)[:, None]  # (REACH, B)
         total += norms.gather(0, back).sum(dim=1).cpu()
         model.zero_grad()
-    return (total / total[0]).tolist()
+    return (total / total[0].clamp_min(1e-30)).tolist()
 
 
 def compare(args, reviews, results, reach):

@@ -175,7 +175,8 @@ def run_script(main):
         message = "interrupted; the same command with --resume goes on after the last epoch"
         status = 130
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if type(error) is RuntimeError and "can't allocate memory" not in str(error):
+        full = ("can't allocate memory", "not enough memory")  # torch on Linux, on Windows
+        if type(error) is RuntimeError and not any(words in str(error) for words in full):
             raise
         message = "error: the memory is full; lower --batch-size or --hidden"
     except BrokenPipeError:  # the reader, `head` for one, has seen enough
@@ -368,6 +369,9 @@ class Run:
             self.averaged.load_state_dict(last["averaged"])
             self.optimizer.load_state_dict(last["optimizer"])
             self.history, self.best, self.steps = last["history"], last["best"], last["steps"]
+            done = [record["epoch"] for record in self.history]
+            if done != list(range(1, len(done) + 1)) or not self.steps >= self.best["epoch"] > 0:
+                raise ValueError("a history with gaps")
 
     def epochs(self):
         """Yield the numbers of the epochs that are still to do, each with its own random numbers.
@@ -399,6 +403,10 @@ class Run:
         yield from self.bar
         self.averaged.update_parameters(self.model)
         self.seconds = time.perf_counter() - start
+        if not all(torch.isfinite(param).all() for param in self.params):  # the last step's doing
+            raise UserError(
+                f"the weights are not finite after epoch {self.epoch}; try a lower --lr"
+            )
 
     def rate(self):
         """The rate of the next step: up to --lr in a twelfth of --descent, down to a twentieth."""

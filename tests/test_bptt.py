@@ -154,9 +154,8 @@ def test_without_gradients_the_states_are_the_same(cell):
 
 
 @each_cell
-def test_modules_survive_copying_pickling_compiling_and_threads(cell):
+def test_modules_survive_copying_pickling_and_threads(cell):
     module, inputs = Recurrence(cell, 4, 3, 2), torch.randn(6, 5, 4)
-    compiled = torch.compile(copy.deepcopy(module), backend="eager")
     results = []
 
     def run(recurrence):
@@ -166,7 +165,7 @@ def test_modules_survive_copying_pickling_compiling_and_threads(cell):
         gradients = [param.grad for param in recurrence.parameters() if param.grad is not None]
         results.append([states.detach(), *gradients])
 
-    for recurrence in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module)), compiled):
+    for recurrence in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         run(recurrence)
     threads = [threading.Thread(target=run, args=(copy.deepcopy(module),)) for _ in range(4)]
     for thread in threads:

@@ -138,7 +138,7 @@ BOTH = [
     ("--data absent.csv", "does not exist"), ("--data .", "no regular file"),
     ("--data empty.csv", "is empty"), ("--data noise.csv", "UTF-8"), ("--data not.zip", "no zip"),
     ("--data none.zip", "holds 0 CSV"), ("--data several.zip", "holds 2 CSV"),
-    ("--data half.zip", "cannot be unpacked"), ("--data extra.csv", "line 3"),
+    ("--data half.zip", "cannot be unpacked"), ("--data extra.csv", "row 2"),
     *[(f"--checkpoint {name} --predict days.csv", "train again") for name in (
         "empty.csv", "good.csv", "truncated.pt", "list.pt", "evil.pt", "evil_pickle.pt",
     )],

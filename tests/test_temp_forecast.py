@@ -286,14 +286,44 @@ def test_a_series_that_is_linear_is_forecast_without_error():
     t = np.arange(2000.0)
     values = np.cos(0.7 * t) + 0.5 * np.cos(1.9 * t + 1)  # each is linear in the four before it
     weather, starts = made_weather(values, known=6, horizon=3), np.arange(1600, 1990)  # of no fit
-    W_xq, linear = script.fit_linear_models(weather)
+    linear = script.fit_linear_models(weather)
     truth = values[starts[:, None] + np.arange(6, 9)]
-    assert linear(starts) == pytest.approx(truth, abs=5e-3)
+    assert linear.baseline(starts) == pytest.approx(truth, abs=5e-3)
     model = build(model="gru", known=6, horizon=3).train()
-    model.W_xq.copy_(W_xq)
+    model.W_xq.copy_(linear.W_xq)
     inputs = torch.from_numpy(weather.inputs)
     guess = script.forecast(model, inputs, weather.past(starts), batch_size=100)
     assert guess == pytest.approx(truth, abs=5e-3)
+
+
+def seasonal_features(weather, starts):
+    """[x, x sin, x cos]: x the five days that are known, and 1; the season of the last of them."""
+    x = np.c_[weather.inputs[weather.past(starts), 0], np.ones(len(starts))].astype(float)
+    sine, cosine = weather.inputs[starts + 4, -4:-2].T[:, :, None]
+    return np.c_[x, x * sine, x * cosine]
+
+
+def test_linear_models_are_fitted_to_their_windows_and_leave_the_constant_free():
+    weather, free = (
+        weather_of(wandering().assign(p=np.arange(800) % 7.0), "--features", "all"),
+        1e-9,
+    )
+    train, validation = weather.starts["train"], weather.starts["validation"]
+    linear, both = script.fit_linear_models(weather), np.r_[train, validation]
+
+    def fitted(found, X, starts, penalties):
+        Y = weather.inputs[weather.future(starts), 0].astype(float)
+        return any(np.allclose(found, ridge(X, Y, p), rtol=1e-3, atol=1e-4) for p in penalties)
+
+    grid = [(p, p * s) for p in script.PENALTIES for s in script.SEASON]
+    penalties = [np.r_[[p] * 5, free, [q] * 12] for p, q in grid]
+    for W_xq, starts in ((linear.W_xq, train), (linear.W_xq_all, both)):
+        assert fitted(W_xq, seasonal_features(weather, starts), starts, penalties)
+    X = np.c_[weather.inputs[weather.past(both), :2].reshape(len(both), 10), np.ones(len(both))]
+    guess = linear.baseline(both)
+    W = np.linalg.lstsq(X.astype(float), guess, rcond=None)[0]
+    assert np.allclose(X @ W, guess, atol=1e-5)
+    assert fitted(W, X.astype(float), both, [np.r_[[p] * 10, free] for p in script.PENALTIES])
 
 
 def test_the_network_is_added_to_the_linear_forecast():
@@ -467,17 +497,18 @@ def test_the_comparison_shows_the_four_runs_and_the_baselines(finished):
 
 
 def test_an_untrained_network_is_the_linear_forecast_and_its_band_holds_80_percent(
-    daily_path, tmp_path
+    daily_path, tmp_path, monkeypatch
 ):
+    losses, step = [], training.Run.step
+    record = lambda self, loss: (losses.append(loss.item()), step(self, loss))  # noqa: E731
+    monkeypatch.setattr(training.Run, "step", record)
     options = ["--lr", 1e-12, "--average", 0, "--data", daily_path, "--out", tmp_path]
     run_main(*DAILY, "gru", *options)
     weather, run = weather_of(pd.read_csv(daily_path)), tmp_path / "temp_gru"
-    W_xq = script.fit_linear_models(weather)[0].numpy()
+    linear = script.fit_linear_models(weather)
 
-    def degrees(starts):
-        x = np.c_[weather.inputs[weather.past(starts), 0], np.ones(len(starts))]
-        sine, cosine = weather.inputs[starts + 4, 1:3].T[:, :, None]
-        anomalies = np.c_[x, x * sine, x * cosine] @ W_xq * weather.scale[0]
+    def degrees(starts, W_xq=linear.W_xq):
+        anomalies = seasonal_features(weather, starts) @ W_xq.numpy() * weather.scale[0]
         return weather.climatology[weather.future(starts)] + anomalies
 
     for part in ("train", "validation"):
@@ -485,12 +516,15 @@ def test_an_untrained_network_is_the_linear_forecast_and_its_band_holds_80_perce
         errors = weather.truth[weather.future(starts)] - degrees(starts)
         found = history(run)[f"{part}_mean_error"].to_numpy()
         assert found == pytest.approx(np.abs(errors).mean(), abs=1e-4)
+    # An epoch's batches are all 286 windows: four times 64, and 30.
+    trained = np.average(losses[:5], weights=[64, 64, 64, 64, 30])
+    assert trained == pytest.approx(history(run)["train_mean_error"][0], abs=1e-4)
     # The band: linear interpolation between the sorted validation errors of each lead time.
     places = np.linspace(0, 1, len(errors))
     band = [[np.interp(q, places, np.sort(column)) for column in errors.T] for q in (0.1, 0.9)]
     saved = torch.load(run / "best.pt", weights_only=True)
     assert np.array(saved["band"]) == pytest.approx(np.array(band), abs=1e-4)
-    expected = degrees(weather.starts["segments"])
+    expected = degrees(weather.starts["segments"], linear.W_xq_all)
     columns = np.stack([expected, expected + band[0], expected + band[1]], axis=2).reshape(-1, 3)
     rows = pd.read_csv(run / "predictions.csv")[SHOWN].to_numpy()
     assert rows == pytest.approx(columns, abs=2e-3)

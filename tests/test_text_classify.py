@@ -224,8 +224,8 @@ def test_every_epoch_sees_every_row_once_in_batches_of_similar_length():
     assert sorted(row for batch in batches for row in batch) == rows.tolist()
     assert np.mean([abs(counts[a] - counts[b]) for a, b in batches]) < 16  # 267 without sorting
     assert plan(1) == batches and set(map(frozenset, plan(2))) != set(map(frozenset, batches))
-    order = np.corrcoef([counts[a] for a, _ in batches], range(200))[0, 1]
-    assert abs(order) < 0.3  # no order of lengths over the epoch
+    order = np.corrcoef([counts[a] for a, _ in batches[:50]], range(50))[0, 1]
+    assert abs(order) < 0.5  # the lengths of the batches do not rise
 
 
 # --- scores -------------------------------------------------------------------------------------
@@ -338,6 +338,8 @@ def test_the_reach_is_the_mean_gradient_of_single_texts(cell, pool):
         loss = -(pooled @ W_hq + b_q).log_softmax(0)[label[0]]
         norms = torch.stack([grad.norm() for grad in torch.autograd.grad(loss, nudges)])
         total += norms.flip(0)[:40]
+    by_length = corpus.by_length
+    corpus.by_length = lambda rows, batch_size: by_length(rows, 2)  # a batch of two and one of one
     reach = script.gradient_reach(model, corpus, torch.tensor([4, 1, 3, 0]))
     assert torch.allclose(torch.tensor(reach), total / total[0], rtol=1e-4)
 
@@ -349,8 +351,9 @@ def test_the_reach_is_the_mean_gradient_of_single_texts(cell, pool):
 def finished(corpus_path, tmp_path_factory):
     """The folder of --model all."""
     folder = tmp_path_factory.mktemp("runs")
-    options = ["--epochs", 2, "--pool", "mean", "--lr", 0.02, "--seed", 3, "--data", corpus_path]
-    run_main(*QUICK, "all", *options, "--out", folder, pictures=("text_gru", "text_all"))
+    options = ["--epochs", 2, "--pool", "mean", "--lr", 0.02, "--seed", 3, "--average", 0.99]
+    options += ["--batch-size", 8, "--data", corpus_path, "--out", folder]
+    run_main(*QUICK, "all", *options, pictures=("text_gru", "text_all"))
     return folder
 
 
@@ -395,6 +398,26 @@ def test_the_metrics_can_be_counted_again_from_the_predictions(name, finished, c
         assert entry["f1"] == pytest.approx(2 * right / both if both else 0)
     f1 = history(run)["validation_f1_macro"]
     assert len(f1) == 2 and metrics["best_epoch"] == f1.argmax() + 1
+
+
+def test_the_history_scores_the_weights_that_are_kept(finished, corpus_path):
+    saved = torch.load(finished / "text_gru" / "best.pt", weights_only=True)
+    model = script.build_model(saved["options"], saved["vocabularies"], 10).eval()
+    model.load_state_dict(saved["weights"])
+    epoch = history(finished / "text_gru").iloc[saved["epoch"] - 1]
+    losses, hits = {"train": [], "validation": []}, {"train": [], "validation": []}
+    for i, row in enumerate(read_csv(corpus_path), 1):
+        ids, _ = script.encode(script.cut_words([row["review"].strip()]), saved["vocabularies"])
+        tokens = torch.from_numpy(ids[: saved["options"]["max_tokens"], None])
+        p = model(tokens, torch.tensor([len(tokens)]))[0].softmax(0)
+        part = {0: "test", 4: "validation"}.get(i % 5, "train")
+        if part != "test":
+            truth = saved["labels"].index(row["cat"])
+            losses[part].append(-p[truth].log().item())
+            hits[part].append(int(p.argmax()) == truth)
+    for part in losses:
+        assert epoch[f"{part}_loss"] == pytest.approx(np.mean(losses[part]), rel=1e-4)
+        assert epoch[f"{part}_accuracy"] == pytest.approx(np.mean(hits[part]))
 
 
 def test_the_comparison_shows_the_four_runs(finished):
