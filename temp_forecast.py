@@ -34,7 +34,7 @@ STEPS_A_DAY = {"h": 24, "10min": 144, "D": 1}
 CALENDAR = 4  # features: sine and cosine of the year and of the day
 CURVE_WINDOWS = 5000  # training windows on which the curves' training error is measured
 PENALTIES = 10.0 ** np.arange(-1, 6)  # of the ridge regressions
-SEASON = (1, 10, 100, 1e9)  # times the penalty: of the weights' change with the season
+SEASON = (1, 10, 100, 1e9)  # times the penalty: of the weights' change with the season; 1e9: none
 BAND = (0.1, 0.9)  # quantiles of the validation errors: the 80 % band
 PARTS = {"segments": "7-day segments", "daily_origins": "daily origins"}
 # Chosen on validation rows of the mission's series.
@@ -283,8 +283,9 @@ class LinearModels:
 def fit_linear_models(weather):
     """Fit the `LinearModels` of a series.
 
-    W_xq is ridge on the temperatures and changes with the season as far as validation bears it. The
-    baseline is plain ridge on all columns that the network sees, fitted to all training years.
+    W_xq is ridge on the temperatures and changes with the season as far as a whole year of
+    validation bears it. The baseline is plain ridge on all columns that the network sees, fitted to
+    all training years.
     """
     known, C = weather.known, len(weather.columns)
 
@@ -301,9 +302,11 @@ def fit_linear_models(weather):
 
     parts = weather.starts["train"], weather.starts["validation"]
     free = 1e-9  # of the constants
+    whole_year = len(parts[1]) >= 365 * weather.steps_a_day  # less cannot judge the seasons
     by_season = [
-        np.r_[[p] * known, free, [p * s] * (2 * known + 2)] for p in PENALTIES for s in SEASON
-    ]
+        np.r_[[p] * known, free, [p * s] * (2 * known + 2)]
+        for p in PENALTIES for s in (SEASON if whole_year else SEASON[-1:])
+    ]  # fmt: skip
     W_xq, W_xq_all = fit_ridge(seasonal, targets, *parts, by_season)
     _, W = fit_ridge(plain, targets, *parts, [np.r_[[p] * (known * C), free] for p in PENALTIES])
     both = torch.from_numpy(np.stack([W_xq, W_xq_all])).float()

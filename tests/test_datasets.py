@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import select
 import threading
 import time
 import zipfile
@@ -231,9 +232,9 @@ class Misbehaving(BaseHTTPRequestHandler):
         self.send_header("Content-Length", "many" if kind == "nonsense" else str(len(body)))
         self.end_headers()
         self.wfile.write(body[:20] if kind in ("cut", "stall") else body)
-        if kind == "stall":
-            self.wfile.flush()
-            self.server.stalled.wait(5)
+        if kind == "stall":  # wait until the other side hangs up
+            left, _, _ = select.select([self.connection], [], [], 5)
+            self.server.left_alone.append(bool(left))
 
     def log_message(self, *arguments):
         pass
@@ -242,11 +243,11 @@ class Misbehaving(BaseHTTPRequestHandler):
 @pytest.fixture(scope="module")
 def server():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Misbehaving)
-    server.stalled = threading.Event()
+    server.left_alone = []
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/"
-    server.stalled.set()
     server.shutdown()
+    assert all(server.left_alone), "a silent server was waited for"
     server.server_close()
 
 
