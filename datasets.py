@@ -137,7 +137,7 @@ def find(dataset):
     """The path of a dataset, zip or CSV, in the first folder that has it; None if none has."""
     names = (dataset.name, dataset.name.removesuffix(".zip").removesuffix(".csv") + ".csv")
     paths = [folder / name for folder in data_folders() for name in names]
-    return next((path for path in paths if path.is_file()), None)
+    return next((path for path in paths if os.path.isfile(path)), None)
 
 
 def download(dataset):
@@ -188,7 +188,7 @@ def remove_stale(folder, name="", seconds=0):
 
     name: only those of this file; seconds: only those that are older.
     """
-    for path in folder.glob(f".{name}*.part*"):
+    for path in [*folder.glob(f".{name}*.part"), *folder.glob(f".{name}*.partial")]:
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime >= seconds:
                 path.unlink()

@@ -348,7 +348,7 @@ def forecast(model, inputs, past, batch_size=512):
 
 
 def train(args, name, weather, data, linear, device):
-    """Train one structure; returns its run, or None in all but the first of several processes."""
+    """Train one structure; returns its run, whose model has the best epoch's weights."""
     options = {key: getattr(args, key) for key in ("freq", "hidden", "dropout", "loops")}
     options |= {key: getattr(weather, key) for key in ("known", "horizon", "columns")}
     config = {

@@ -256,7 +256,7 @@ def score(model, corpus, reviews, rows):
 
 
 def train(args, name, reviews, corpus, vocabularies):
-    """Train one structure; returns its run, or None in all but the first of several processes."""
+    """Train one structure; returns its run, whose model has the best epoch's weights."""
     kept = ("tokens", "embedding", "hidden", "pool", "dropout", "loops", "max_tokens")
     options = {key: getattr(args, key) for key in kept}
     config = {
@@ -291,7 +291,7 @@ def train(args, name, reviews, corpus, vocabularies):
 
 
 def test(run, name, reviews, corpus):
-    """Test a trained structure and write its results; returns its row of the comparison."""
+    """Test a trained structure, write its results; returns metrics, history, probabilities."""
     p = probabilities(run.model, corpus, reviews.split["test"])
     matrix, scores = test_scores(reviews, p)
     split = {part: len(rows) for part, rows in reviews.split.items()}

@@ -151,7 +151,7 @@ def join_processes(device):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not distributed.is_initialized():
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if not is_first():
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
 def is_first():
@@ -217,8 +217,10 @@ def hold_folder(folder):
             import fcntl
 
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
         lock.close()
+        if not isinstance(error, (BlockingIOError, PermissionError)):
+            raise UserError(f"{folder} cannot be locked: {error}; name another --out") from error
         raise UserError(
             f"another run writes into {folder}; wait for it, or name another --out"
         ) from None
