@@ -37,7 +37,7 @@ PENALTIES = 10.0 ** np.arange(-1, 6)  # of the ridge regressions
 SEASON = (1, 10, 100, 1e9)  # times the penalty: of the weights' change with the season; 1e9: none
 BAND = (0.1, 0.9)  # quantiles of the validation errors: the 80 % band
 PARTS = {"segments": "7-day segments", "daily_origins": "daily origins"}
-# Chosen on validation rows of the mission's series.
+# Chosen on validation rows of the hourly Jena series.
 DEFAULTS = {
     "model": "lstm", "epochs": 6, "patience": 3, "batch_size": 128, "hidden": 64, "dropout": 0.3,
     "lr": 2e-3, "descent": 660, "weight_decay": 1e-4, "average": 0.99,

@@ -70,7 +70,11 @@ def make_parser(description, **defaults):
         "better validation score; 0: never")  # fmt: skip
     add("--batch-size", type=number(int, 1, 100_000), help="sequences in one step")
     add("--hidden", type=number(int, 1, 8192), help="hidden units h of one direction")
-    add("--dropout", type=share, help="share of inputs and of pooled states set to zero")
+    add(
+        "--dropout",
+        type=share,
+        help="share of the classifier's inputs and of the last layer's set to zero",
+    )
     add("--lr", type=number(float, 1e-12, 1e6), help="highest learning rate of AdamW")
     add("--descent", type=number(int, 0, 10**9), help="steps in which the rate rises and falls to "
         "a twentieth, at most all steps; 0: constant rate")  # fmt: skip
@@ -155,7 +159,7 @@ def join_processes(device):
 
 
 def is_first():
-    """Whether this process validates, writes and prints: the only one, or torchrun's first."""
+    """Whether this process tests, writes and prints: the only one, or torchrun's first."""
     return not distributed.is_initialized() or distributed.get_rank() == 0
 
 
@@ -411,7 +415,7 @@ class Run:
             )
 
     def rate(self):
-        """The rate of the next step: up to --lr in a twelfth of --descent, down to a twentieth."""
+        """The next step's rate: up to 12/13 of --lr in a thirteenth of --descent, then down."""
         if not self.args.descent:
             return self.args.lr
         descent = min(self.args.descent, self.args.epochs * self.steps_in_epoch)
