@@ -632,3 +632,28 @@ def test_a_saved_model_forecasts_what_it_forecast_in_its_test(
     with pytest.raises(UserError, match=f"does not end with {days} whole days"):
         run_main(*arguments)
     assert capsys.readouterr().out == ""
+
+
+def test_a_baseline_without_error_has_no_skill_but_a_dash(capsys):
+    one, nought = np.ones((3, 2)), np.zeros((3, 2))
+    forecasts = {"model": 2 * one, "persistence": one, "climatology": nought}
+    entry = script.test_errors(one, forecasts, np.zeros((2, 2)))
+    script.print_errors({"segments": entry}, "LSTM", "")
+    lines = {
+        line.split()[0]: line.split()[-1] for line in capsys.readouterr().out.splitlines()[3:6]
+    }
+    assert lines == {"LSTM": "1.000", "persistence": "-", "climatology": "0.0%"}
+
+
+def test_fewer_windows_than_hours_between_them_still_train(tmp_path):
+    stamps = pd.date_range("2009-01-01", periods=24 * 100, freq="10min")
+    T = np.sin(np.arange(len(stamps)) / 23)
+    weather = Weather(
+        stamps, [TARGET], 144, 6, 3, T, np.zeros((1, 1)), 0 * T, np.ones(1),
+        script.network_inputs(T[:, None], np.ones(1), stamps),
+        {"train": np.arange(5), "validation": np.arange(100, 110)},
+    )  # fmt: skip
+    args = script.parse_args(["--epochs", "2", "--hidden", "3", "--out", str(tmp_path)])
+    linear = script.LinearModels(torch.zeros(21, 3), torch.zeros(21, 3), None)
+    run = script.train(args, "rnn", weather, {"sha256": ""}, linear, torch.device("cpu"))
+    assert [record["epoch"] for record in run.history] == [1, 2] and run.steps == 2
