@@ -316,7 +316,7 @@ class Forecaster(nn.Module):
         self.recurrence = Recurrence(cell, num_inputs, num_hiddens, horizon, loops)
         nn.init.zeros_(self.recurrence.W_hq)  # training starts from the linear forecast
         for name, param in self.recurrence.named_parameters():
-            if name.startswith("b_f"):  # with 1 the LSTM learns the training windows by heart
+            if name.startswith("b_f"):  # with 1 the LSTM overfits within two epochs
                 nn.init.zeros_(param)
         self.register_buffer("W_xq", torch.zeros(3 * (known + 1), horizon))
         self.dropout = nn.Dropout(dropout)

@@ -356,7 +356,7 @@ class Run:
 
     @torch.no_grad()
     def _average(self, averaged, current, count):
-        """Move the average towards the weights, over the last tenth of all steps at first."""
+        """Move the average towards the weights; at first over a tenth of the steps so far."""
         decay = min(self.args.average**AVERAGE_EVERY, float(count) / (float(count) + 10))
         torch._foreach_lerp_(averaged, current, 1 - decay)
 
