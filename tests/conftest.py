@@ -1,10 +1,12 @@
 """What the tests share: the project on the path, its scripts as a user calls them, no network."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -13,6 +15,20 @@ for name in ("HTTPS_PROXY", "HTTP_PROXY", "http_proxy", "RNN_DATA_DIR"):
     os.environ.pop(name, None)
 # No server answers at port 9: a script without --data finds no real file and uses the sample.
 os.environ |= {"https_proxy": "http://127.0.0.1:9", "no_proxy": "127.0.0.1"}
+
+
+def read_json(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def history(folder):
+    return pd.read_csv(folder / "history.csv").drop(columns="seconds")
+
+
+def outcome(folder):
+    """What a run found, without what differs between machines and starts."""
+    metrics = read_json(folder / "metrics.json") | {"argv": None, "seconds_per_epoch": None}
+    return metrics, history(folder).to_csv(), (folder / "predictions.csv").read_bytes()
 
 
 @pytest.fixture(scope="session", autouse=True)

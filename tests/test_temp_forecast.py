@@ -1,7 +1,6 @@
 """Temperature forecasting: series, windows, linear models, baselines by hand; the script itself."""
 
 import csv
-import json
 import random
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, history, outcome, read_json
 
 import plots
 import samples
@@ -395,20 +394,6 @@ def run_main(*arguments, pictures=()):
         for name in ("draw_curves", "draw_forecasts", "draw_lead_time"):
             patch.setattr(plots, name, drawn(getattr(plots, name)))
         script.main()
-
-
-def read_json(path):
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def history(folder):
-    return pd.read_csv(folder / "history.csv").drop(columns="seconds")
-
-
-def outcome(folder):
-    """What a run found, without what differs between machines and starts."""
-    metrics = read_json(folder / "metrics.json") | {"argv": None, "seconds_per_epoch": None}
-    return metrics, history(folder).to_csv(), (folder / "predictions.csv").read_bytes()
 
 
 @pytest.fixture(scope="module")

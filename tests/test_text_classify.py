@@ -13,10 +13,9 @@ import time
 from types import SimpleNamespace
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, history, outcome, read_json
 from torch import nn
 
 import datasets
@@ -56,20 +55,6 @@ def write_corpus(path, rows):
 def read_csv(path):
     with open(path, encoding="utf-8", newline="") as stream:
         return list(csv.DictReader(stream))
-
-
-def read_json(path):
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def history(folder):
-    return pd.read_csv(folder / "history.csv").drop(columns="seconds")
-
-
-def outcome(folder):
-    """What a run found, without what differs between machines and starts."""
-    metrics = read_json(folder / "metrics.json") | {"argv": None, "seconds_per_epoch": None}
-    return metrics, history(folder).to_csv(), (folder / "predictions.csv").read_bytes()
 
 
 @pytest.fixture(scope="module")
