@@ -36,8 +36,6 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are UserErrors: one line, without the usage text."""
 
     def error(self, message):
-        if "argument --predict: expected one argument" in message:
-            message += "; write --predict=TEXT for a text that starts with -"
         raise UserError(f"{message}; see --help")
 
 
@@ -70,11 +68,8 @@ def make_parser(description, **defaults):
         "better validation score; 0: never")  # fmt: skip
     add("--batch-size", type=number(int, 1, 100_000), help="sequences in one step")
     add("--hidden", type=number(int, 1, 8192), help="hidden units h of one direction")
-    add(
-        "--dropout",
-        type=share,
-        help="share of the classifier's inputs and of the last layer's set to zero",
-    )
+    add("--dropout", type=share, help="share of the classifier's and the last layer's inputs set "
+        "to zero in training")  # fmt: skip
     add("--lr", type=number(float, 1e-12, 1e6), help="highest learning rate of AdamW")
     add("--descent", type=number(int, 0, 10**9), help="steps in which the rate rises and falls to "
         "a twentieth, at most all steps; 0: constant rate")  # fmt: skip
@@ -125,10 +120,8 @@ def pick_device(name):
         if torch.cuda.is_available():
             return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if torch.version.cuda is None and shutil.which("nvidia-smi"):
-            page = "https://pytorch.org/get-started/locally"
-            print(
-                f"the NVIDIA card is not used: this torch has no CUDA; see {page}", file=sys.stderr
-            )
+            print("the NVIDIA card is not used: this torch has no CUDA; "
+                  "see https://pytorch.org/get-started/locally", file=sys.stderr)  # fmt: skip
         return torch.device("cpu")
     try:
         device = torch.device(name)
@@ -136,18 +129,10 @@ def pick_device(name):
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {name} is none of auto, cpu, cuda, cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
         raise UserError(f"--device {name}: this machine has {count} GPUs; use cpu or auto")
     return device
-
-
-def seed_all(*numbers):
-    """Seed torch's generators, on every device, with a mix of whole numbers."""
-    mixed = 0
-    for value in numbers:
-        mixed = (mixed * 1_000_003 + value) % 2**63
-    torch.manual_seed(mixed)
 
 
 def join_processes(device):
@@ -210,7 +195,7 @@ def hold_folder(folder):
         lock = open(folder / ".lock", "ab")  # noqa: SIM115 - held open on purpose
     except OSError as error:
         raise UserError(
-            f"cannot write into {folder}: {error.strerror}; name another --out"
+            f"cannot write into {folder} ({error.strerror}); use another --out"
         ) from error
     try:
         if os.name == "nt":
@@ -223,23 +208,17 @@ def hold_folder(folder):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         lock.close()
-        if not isinstance(error, (BlockingIOError, PermissionError)):
-            raise UserError(f"{folder} cannot be locked: {error}; name another --out") from error
-        raise UserError(
-            f"another run writes into {folder}; wait for it, or name another --out"
-        ) from None
+        raise UserError(f"another run writes into {folder} ({error}); use another --out") from error
     return lock
 
 
 def clear_folder(folder):
     """Remove the results of an earlier run, so that old and new ones never stand side by side."""
-    for name in RESULTS:
+    for path in [folder / name for name in RESULTS]:
         try:
-            (folder / name).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
         except OSError as error:
-            raise UserError(
-                f"cannot replace {folder / name}: {error.strerror}; close it"
-            ) from error
+            raise UserError(f"cannot replace {path}: {error.strerror}; close it") from error
 
 
 def write_json(path, content):
@@ -292,13 +271,9 @@ def load_checkpoint(path, task):
         damaged = zipfile.ZipFile(path).testzip()  # compares every part with its check sum
         content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes raise whatever they lead to
-        raise UserError(
-            f"{path} is no checkpoint of this project, or damaged; train again"
-        ) from error
+        raise UserError(f"{path} is damaged or no checkpoint; train again") from error
     if not isinstance(content, dict) or content.get("task") != task:
-        raise UserError(
-            f"{path} is damaged or no best.pt of this script; name another, or train again"
-        )
+        raise UserError(f"{path} is damaged or of another script; name another or train again")
     if content.get("format") != FORMAT:
         raise UserError(f"{path} is of another version of this program; train again")
     return content
@@ -340,9 +315,8 @@ class Run:
         """
         self.args, self.folder, self.config, self.model = args, folder, config, model
         self.params = list(model.parameters())
-        self.optimizer = torch.optim.AdamW(
-            self.params, args.lr, weight_decay=args.weight_decay, fused=True
-        )
+        decay = args.weight_decay
+        self.optimizer = torch.optim.AdamW(self.params, args.lr, weight_decay=decay, fused=True)
         self.averaged = AveragedModel(model, multi_avg_fn=self._average)
         self.parameters = sum(param.numel() for param in self.params)
         self.history, self.best, self.steps = [], None, 0
@@ -367,10 +341,8 @@ class Run:
             changed = [key for key in self.options if self.options[key] != last["options"].get(key)]
             if changed or last["config"] != self.config:
                 what = f"--{changed[0].replace('_', '-')}" if changed else "the data"
-                raise UserError(
-                    f"--resume: the run in {self.folder} began with another value of {what}; "
-                    "use the same, or another --out"
-                )
+                raise UserError(f"the run in {self.folder} began with another value of {what}; "
+                                "use the same or leave out --resume")  # fmt: skip
             load_weights(self.model, last["weights"])
             self.averaged.load_state_dict(last["averaged"])
             self.optimizer.load_state_dict(last["optimizer"])
@@ -390,29 +362,26 @@ class Run:
                 print(f"stopped: no better validation score for {waited} epochs (--patience)")
                 return
             self.epoch = epoch
-            seed_all(self.args.seed, epoch)
+            torch.manual_seed(self.args.seed * 1_000_003 + epoch)
             yield epoch
 
     def progress(self, batches):
         """Yield this process's share of a list of batches, under a progress bar."""
         world = distributed.get_world_size() if distributed.is_initialized() else 1
         if world > 1:  # each takes every world-th batch and draws other random numbers
-            batches = batches[distributed.get_rank() :: world][: len(batches) // world]
-            seed_all(self.args.seed, self.epoch, distributed.get_rank())
+            rank = distributed.get_rank()
+            batches = batches[rank::world][: len(batches) // world]
+            torch.manual_seed(self.args.seed * 1_000_003 + self.epoch + 10_007 * rank)
         if not batches:
             raise UserError("an epoch has no batch; lower --batch-size or the number of processes")
         self.steps_in_epoch, self.step_in_epoch, start = len(batches), 0, time.perf_counter()
-        title = f"epoch {self.epoch}/{self.args.epochs}"
-        self.bar = tqdm(
-            batches, title, unit="step", disable=None if is_first() else True, leave=False
-        )
+        quiet = None if is_first() else True  # None: quiet if stderr is no terminal
+        self.bar = tqdm(batches, f"epoch {self.epoch}", unit="step", disable=quiet, leave=False)
         yield from self.bar
         self.averaged.update_parameters(self.model)
         self.seconds = time.perf_counter() - start
         if not all(torch.isfinite(param).all() for param in self.params):  # the last step's doing
-            raise UserError(
-                f"the weights are not finite after epoch {self.epoch}; try a lower --lr"
-            )
+            raise UserError(f"the weights of epoch {self.epoch} are not finite; try a lower --lr")
 
     def rate(self):
         """The next step's rate: up to 12/13 of --lr in a thirteenth of --descent, then down."""
@@ -426,13 +395,9 @@ class Run:
         """One step of the optimiser down the gradient of a batch's mean loss."""
         value = loss.item()
         if not math.isfinite(value):
-            raise UserError(
-                f"the loss is not finite in epoch {self.epoch}, step {self.step_in_epoch + 1}; "
-                "try a lower --lr or --clip"
-            )
-        rate = self.rate()
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            where = f"epoch {self.epoch}, step {self.step_in_epoch + 1}"
+            raise UserError(f"the loss is not finite in {where}; try a lower --lr or --clip")
+        rate = self.optimizer.param_groups[0]["lr"] = self.rate()
         self.optimizer.zero_grad()
         loss.backward()
         if distributed.is_initialized():  # the mean over all processes' batches
@@ -468,37 +433,33 @@ class Run:
         if not is_first():
             return
         if better:
-            weights = self.averaged.module.state_dict()
-            save_checkpoint(
-                self.folder / "best.pt", **self.config, epoch=self.epoch, weights=weights
-            )
+            self.save_best(self.averaged.module)
+        rows = [list(record.values()) for record in self.history]
+        write_csv(self.folder / "history.csv", list(self.history[0]), rows)
         save_checkpoint(
             self.folder / "last.pt", task=self.config["task"], config=self.config,
             options=self.options, history=self.history, best=self.best, steps=self.steps,
             weights=self.model.state_dict(), averaged=self.averaged.state_dict(),
             optimizer=self.optimizer.state_dict(),
         )  # fmt: skip
-        self.write_history()
-        numbers = "  ".join(
-            f"{name.replace('_', ' ')} {value:.4f}" for name, value in scores.items()
-        )
+        numbers = "  ".join(f"{k.replace('_', ' ')} {value:.4f}" for k, value in scores.items())
         mark = "  *" if better else ""
         print(f"epoch {self.epoch:2}  {numbers}  {self.seconds:.0f} s{mark}", flush=True)
 
-    def write_history(self):
-        """Write history.csv, a row an epoch."""
-        rows = [list(record.values()) for record in self.history]
-        write_csv(self.folder / "history.csv", list(self.history[0]), rows)
+    def save_best(self, model, **content):
+        """Write best.pt: config, the model's weights, and `content`."""
+        epoch, weights = self.best["epoch"], model.state_dict()
+        save_checkpoint(
+            self.folder / "best.pt", **self.config, epoch=epoch, weights=weights, **content
+        )
 
     def load_best(self):
-        """Put the best epoch's weights into the model, and write history.csv once more."""
-        if not is_first():
-            return
-        path = self.folder / "best.pt"
-        content = load_checkpoint(path, self.config["task"])
-        with refuse_damaged(path):
-            load_weights(self.model, content["weights"])
-        self.write_history()
+        """Put the best epoch's weights into the model."""
+        if is_first():
+            path = self.folder / "best.pt"
+            content = load_checkpoint(path, self.config["task"])
+            with refuse_damaged(path):
+                load_weights(self.model, content["weights"])
 
     def write_metrics(self, name, data, split, test):
         """Write metrics.json; returns its content."""
