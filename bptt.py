@@ -11,6 +11,8 @@ inside a gate, s the logistic sigmoid, * the elementwise product, W^T the transp
 Through a gate: S = s(A) gives dA = dS * S * (1 - S), and S = tanh(A) gives dA = dS * (1 - S^2).
 After the loop, for all cells: dX = dA W_x^T, and summed over the steps dW_x = X^T dA, db = dA.
 The right-hand dH and dC of a backward formula come from the step after; dH starts at zero.
+K, the factors that know nothing of later steps, is worked out for all steps before the loop, in
+the place of dA: so at T, B, D, h = 50, 64, 128, 128 an LSTM's training step takes 9 % less.
 """
 
 import ctypes
@@ -39,15 +41,25 @@ def _fast_cpu(X):
     return X.device.type == "cpu" and X.dtype == torch.float32 and not torch.compiler.is_compiling()
 
 
-def _product(X, W, b=None):
-    """X W + b for X (..., n), W (n, m), b (m,).
+def _use_onednn(X, W):
+    """Whether oneDNN's kernel is there and faster: from 256 rows and columns of W on.
 
-    At T, B, D, h = 100, 64, 300, 256 a training step without oneDNN's kernel takes 7 to 15 % longer
-    on one thread of an AMD EPYC. For W with a side below 256 `@` is up to 25 % faster.
+    At T, B, D, h = 100, 64, 300, 256 a training step without it takes 7 to 15 % longer on one
+    thread of an AMD EPYC; for W with a side below 256 `@` is up to 25 % faster.
     """
-    if onednn_product and min(W.shape) >= 256 and X.numel() and _fast_cpu(X):
+    return onednn_product and min(W.shape) >= 256 and X.numel() and _fast_cpu(X)
+
+
+def _product(X, W, b=None):
+    """X W + b for X (..., n), W (n, m), b (m,)."""
+    if _use_onednn(X, W):
         return onednn_product(X, W.t(), b, "none", [], "")
     return X @ W if b is None else X @ W + b
+
+
+def _add_product(A, X, W):
+    """A + X W, in place of A, for A (B, m), X (B, n), W (n, m)."""
+    return A.add_(_product(X, W)) if _use_onednn(X, W) else A.addmm_(X, W)
 
 
 def _tanh(X, out):
@@ -76,7 +88,8 @@ def _input_gradients(ctx, inputs, W_x, dA):
 class RNN(Function):
     """Forward: H = tanh(X W_x + H_prev W_h + b)
 
-    Backward: dH = dY + dH;  dA = dH * (1 - H^2);  dH_prev = dA W_h^T.  dW_h = sum of H_prev^T dA.
+    Backward: dH = dY + dH;  dA = dH * K, K = 1 - H^2;  dH_prev = dA W_h^T.
+    dW_h = sum of H_prev^T dA.
     """
 
     @staticmethod
@@ -84,8 +97,7 @@ class RNN(Function):
         states = _product(inputs, W_x, b)  # (T, B, h): X W_x + b, later H
         H = H_0  # (B, h)
         for A in states:
-            A += _product(H, W_h)
-            H = _tanh(A, out=A)
+            H = _tanh(_add_product(A, H, W_h), out=A)
         ctx.save_for_backward(inputs, W_x, W_h, H_0, states)
         return states
 
@@ -93,11 +105,11 @@ class RNN(Function):
     @once_differentiable
     def backward(ctx, dY_all):
         inputs, W_x, W_h, H_0, states = ctx.saved_tensors
-        dA_all = torch.empty_like(states)
+        dA_all = 1 - states**2  # (T, B, h): K, later dA
         dH = torch.zeros_like(H_0)
-        for H, dY, dA in reversed(list(zip(states, dY_all, dA_all, strict=True))):
+        for dY, dA in reversed(list(zip(dY_all, dA_all, strict=True))):
             dH = dY + dH
-            tanh_backward(dH, H, grad_input=dA)
+            dA *= dH
             dH = _product(dA, W_h.t())
         dW_h = _summed(_before(H_0, states), dA_all)
         return *_input_gradients(ctx, inputs, W_x, dA_all), dW_h, dH
@@ -107,8 +119,9 @@ class GRU(Function):
     """Forward: Z = s(X W_xz + H_prev W_hz + b_z), R likewise;  H~ = tanh(X W_xh + M W_hh + b_h)
     with M = R * H_prev;  H = Z * H_prev + (1 - Z) * H~
 
-    Backward: dH = dY + dH;  dZ = dH * (H_prev - H~);  dH~ = dH * (1 - Z);
-    dM = dA_h W_hh^T;  dR = dM * H_prev;  dH_prev = dH * Z + dM * R + dA_zr W_hzr^T.
+    Backward: dH = dY + dH;  dA_z = dH * K_z, K_z = (H_prev - H~) * Z * (1 - Z);
+    dA_h = dH * K_h, K_h = (1 - Z) * (1 - H~^2);  dM = dA_h W_hh^T;
+    dA_r = dM * K_r, K_r = H_prev * R * (1 - R);  dH_prev = dH * Z + dM * R + dA_zr W_hzr^T.
     dW_hzr = sum of H_prev^T dA_zr;  dW_hh = sum of M^T dA_h.  W_hzr = [W_hz W_hr], dA_zr likewise.
     """
 
@@ -120,8 +133,8 @@ class GRU(Function):
         H = H_0  # (B, h)
         views = gates[:, :, : 2 * h], *gates.chunk(3, dim=2), states
         for ZR, Z, R, H_tilde, H_new in zip(*views, strict=True):
-            ZR.add_(_product(H, W_hzr)).sigmoid_()  # (B, 2h)
-            _tanh(H_tilde.add_(_product(R * H, W_hh)), out=H_tilde)  # (B, h)
+            _add_product(ZR, H, W_hzr).sigmoid_()  # (B, 2h)
+            _tanh(_add_product(H_tilde, R * H, W_hh), out=H_tilde)  # (B, h)
             H = torch.lerp(H_tilde, H, Z, out=H_new)  # Z * H + (1 - Z) * H~
         ctx.save_for_backward(inputs, W_x, W_hzr, W_hh, H_0, gates, states)
         return states
@@ -130,21 +143,23 @@ class GRU(Function):
     @once_differentiable
     def backward(ctx, dY_all):
         inputs, W_x, W_hzr, W_hh, H_0, gates, states = ctx.saved_tensors
-        h, before, dA_all = len(W_hh), _before(H_0, states), torch.empty_like(gates)
+        h, before = len(W_hh), _before(H_0, states)
+        Z_all, R_all, H_tilde_all = gates.chunk(3, dim=2)
+        dA_all = torch.empty_like(gates)  # (T, B, 3h): K, later dA
         dA_zr_all, dA_h_all = dA_all.split([2 * h, h], dim=2)
+        dS_zr = torch.cat([before - H_tilde_all, before], dim=2)
+        sigmoid_backward(dS_zr, gates[:, :, : 2 * h], grad_input=dA_zr_all)
+        tanh_backward(1 - Z_all, H_tilde_all, grad_input=dA_h_all)
         dH = torch.zeros_like(H_0)
-        views = gates[:, :, : 2 * h], *gates.chunk(3, dim=2), before, dY_all, dA_zr_all, dA_h_all
-        for ZR, Z, R, H_tilde, H_prev, dY, dA_zr, dA_h in reversed(list(zip(*views, strict=True))):
+        steps = zip(Z_all, R_all, dY_all, *dA_all.chunk(3, dim=2), dA_zr_all, strict=True)
+        for Z, R, dY, dA_z, dA_r, dA_h, dA_zr in reversed(list(steps)):
             dH = dY + dH
-            dZ = dH * (H_prev - H_tilde)
-            dH_tilde = dH * (1 - Z)
-            tanh_backward(dH_tilde, H_tilde, grad_input=dA_h)
+            dA_z *= dH
+            dA_h *= dH
             dM = _product(dA_h, W_hh.t())
-            dR = dM * H_prev
-            sigmoid_backward(torch.cat([dZ, dR], dim=1), ZR, grad_input=dA_zr)
-            dH = dH * Z + dM * R + _product(dA_zr, W_hzr.t())
-        M = gates[:, :, h : 2 * h] * before
-        dW_hzr, dW_hh = _summed(before, dA_zr_all), _summed(M, dA_h_all)
+            dA_r *= dM
+            dH = _add_product(torch.addcmul(dH * Z, dM, R), dA_zr, W_hzr.t())
+        dW_hzr, dW_hh = _summed(before, dA_zr_all), _summed(R_all * before, dA_h_all)
         return *_input_gradients(ctx, inputs, W_x, dA_all), dW_hzr, dW_hh, dH
 
 
@@ -152,8 +167,10 @@ class LSTM(Function):
     """Forward: I = s(X W_xi + H_prev W_hi + b_i), F and O likewise;
     C~ = tanh(X W_xc + H_prev W_hc + b_c);  C = F * C_prev + I * C~;  H = O * tanh(C)
 
-    Backward: dH = dY + dH;  dO = dH * tanh(C);  dC = dC + dH * O * (1 - tanh(C)^2);
-    dI = dC * C~;  dF = dC * C_prev;  dC~ = dC * I;  dC_prev = dC * F;  dH_prev = dA W_h^T.
+    Backward: dH = dY + dH;  dC = dC + dH * K_C, K_C = O * (1 - tanh(C)^2);
+    dA_i = dC * K_i, K_i = C~ * I * (1 - I);  dA_f = dC * K_f, K_f = C_prev * F * (1 - F);
+    dA_o = dH * K_o, K_o = tanh(C) * O * (1 - O);  dA_c = dC * K_c, K_c = I * (1 - C~^2);
+    dC_prev = dC * F;  dH_prev = dA W_h^T.
     dW_h = sum of H_prev^T dA.  W_x = [W_xi W_xf W_xo W_xc], W_h and dA likewise.
     """
 
@@ -165,7 +182,7 @@ class LSTM(Function):
         H, C = H_0, C_0  # (B, h)
         views = gates, gates[:, :, : 3 * h], *gates.chunk(4, dim=2), states, memories, tanhs
         for A, IFO, I, F, O, C_tilde, H_new, C_new, tanh_C in zip(*views, strict=True):
-            A += _product(H, W_h)  # (B, 4h)
+            _add_product(A, H, W_h)  # (B, 4h)
             IFO.sigmoid_()
             _tanh(C_tilde, out=C_tilde)
             C = torch.addcmul(F * C, I, C_tilde, out=C_new)  # F * C + I * C~
@@ -177,21 +194,19 @@ class LSTM(Function):
     @once_differentiable
     def backward(ctx, dY_all, dC):
         inputs, W_x, W_h, H_0, C_0, gates, states, memories, tanhs = ctx.saved_tensors
-        dA_all = torch.empty_like(gates)
-        IFO_all = gates[:, :, : -len(W_h)]
-        dA_ifo_all, dA_c_all = dA_all.tensor_split([-len(W_h)], dim=2)
-        views = *gates.chunk(4, dim=2), IFO_all, _before(C_0, memories), tanhs, dY_all
-        steps = zip(*views, dA_all, dA_ifo_all, dA_c_all, strict=True)
+        ifo, c = slice(0, 3 * len(W_h)), slice(3 * len(W_h), None)
+        I, F_all, O, C_tilde = gates.chunk(4, dim=2)
+        dA_all = torch.empty_like(gates)  # (T, B, 4h): K, later dA
+        dS_ifo = torch.cat([C_tilde, _before(C_0, memories), tanhs], dim=2)
+        sigmoid_backward(dS_ifo, gates[:, :, ifo], grad_input=dA_all[:, :, ifo])
+        tanh_backward(I, C_tilde, grad_input=dA_all[:, :, c])
+        K_C_all = O * (1 - tanhs**2)
         dH = torch.zeros_like(H_0)
-        for I, F, O, C_tilde, IFO, C_prev, tanh_C, dY, dA, dA_ifo, dA_c in reversed(list(steps)):
+        steps = zip(F_all, K_C_all, dY_all, dA_all, strict=True)
+        for F, K_C, dY, dA in reversed(list(steps)):
             dH = dY + dH
-            dO = dH * tanh_C
-            dC = dC + dH * O * (1 - tanh_C**2)
-            dI = dC * C_tilde
-            dF = dC * C_prev
-            dC_tilde = dC * I
-            sigmoid_backward(torch.cat([dI, dF, dO], dim=1), IFO, grad_input=dA_ifo)
-            tanh_backward(dC_tilde, C_tilde, grad_input=dA_c)
+            dC = torch.addcmul(dC, dH, K_C)  # dC + dH * K_C
+            dA *= torch.cat([dC, dC, dH, dC], dim=1)
             dC = dC * F
             dH = _product(dA, W_h.t())
         dW_h = _summed(_before(H_0, states), dA_all)

@@ -9,23 +9,15 @@ Runs that differ only in their seed and folder are one row: mean ± standard dev
 import argparse
 import json
 import statistics
-from collections import Counter, defaultdict
-from itertools import pairwise
+from collections import defaultdict
 from pathlib import Path
-
-import pandas as pd
 
 from training import NAMES, markdown_table
 
-SCORES = {
-    "accuracy": "准确率",
-    "precision_macro": "宏精确率",
-    "recall_macro": "宏召回率",
-    "f1_macro": "宏 F1",
-}
+SCORES = {"accuracy": "准确率", "precision_macro": "宏精确率", "recall_macro": "宏召回率",
+          "f1_macro": "宏 F1"}  # fmt: skip
 ERRORS = [("segments", "mean_error"), ("segments", "median_error"),
           ("daily_origins", "mean_error"), ("daily_origins", "median_error")]  # fmt: skip
-LENGTHS = [0, 10, 20, 40, 80, 160, 10**9]  # characters
 
 
 def setting_of(argv):
@@ -62,45 +54,23 @@ def ordered(groups):
     return sorted(groups.items(), key=lambda item: (item[0][0], list(NAMES).index(item[0][1])))
 
 
-def text_tables(groups):
-    """Yield the tables of the classification runs: all scores; F1 by class, accuracy by length."""
+def text_table(groups):
+    """The table of the classification runs; the mean of the four where all four were compared."""
     rows, means = [], defaultdict(dict)
     for (setting, model), runs in ordered(groups):
         tests = [metrics["test"] for _, metrics in runs]
-        seconds = statistics.fmean(metrics["seconds_per_epoch"] for _, metrics in runs)
-        epochs = "/".join(str(metrics["best_epoch"]) for _, metrics in runs)
         scores = [spread([test[key] for test in tests]) for key in SCORES]
-        rows.append([setting, NAMES[model], len(runs), *scores, epochs, f"{seconds:.0f}"])
+        epochs = "/".join(str(metrics["best_epoch"]) for _, metrics in runs)
+        rows.append([setting, NAMES[model], len(runs), *scores, epochs])
         for folder, _ in runs:
             path = folder.parent / "text_all" / "comparison.json"
             if path.exists():
                 means[setting][path] = json.loads(path.read_text(encoding="utf-8"))["rows"][-1]
     for setting, found in means.items():
         scores = [spread([row[key] for row in found.values()]) for key in SCORES]
-        rows.append([setting, "四者平均", len(found), *scores, "", ""])
-    yield markdown_table(["设置", "模型", "种子数", *SCORES.values(), "最佳轮", "秒/轮"], rows)
-
-    default = {model: runs for (setting, model), runs in ordered(groups) if not setting}
-    if not default:
-        return
-    classes, lengths, confused = {}, {}, Counter()
-    for model, runs in default.items():
-        for label in runs[0][1]["test"]["per_class"]:
-            f1 = [metrics["test"]["per_class"][label]["f1"] for _, metrics in runs]
-            classes.setdefault(label, [label]).append(spread(f1, 3))
-        frame = pd.concat(pd.read_csv(folder / "predictions.csv") for folder, _ in runs)
-        bins = pd.cut(frame["text"].str.len(), LENGTHS)
-        right = (frame["label"] == frame["predicted"]).groupby(bins, observed=False).mean()
-        lengths[NAMES[model]] = [f"{value:.3f}" for value in right]
-        wrong = frame[frame["label"] != frame["predicted"]]
-        confused = Counter(zip(wrong["label"], wrong["predicted"], strict=True))
-    yield markdown_table(["类别", *(NAMES[model] for model in default)], list(classes.values()))
-    header = [
-        f"{low + 1}–{high}" if high < 10**9 else f"> {low}" for low, high in pairwise(LENGTHS)
-    ]
-    yield markdown_table(["字数", *header], [[name, *cells] for name, cells in lengths.items()])
-    pairs = [[f"{a} → {b}", f"{n / len(runs):.0f}"] for (a, b), n in confused.most_common(8)]
-    yield markdown_table([f"真实 → {NAMES[model]} 预测", "条数"], pairs)
+        rows.append([setting, "四者平均", len(found), *scores, ""])
+    header = ["设置", "模型", "种子数", *SCORES.values(), "最佳轮"]
+    return markdown_table(header, sorted(rows, key=lambda row: row[0]))
 
 
 def temp_table(groups):
@@ -116,16 +86,8 @@ def temp_table(groups):
         for name in test["segments"]["baselines"]:
             errors = [f"{test[part]['baselines'][name][key]:.3f}" for part, key in ERRORS]
             rows.append([setting, name.replace("_", " "), "", *errors, ""])
-    header = [
-        "设置",
-        "模型",
-        "种子数",
-        "7 天段：均值",
-        "中位数",
-        "每日起报：均值",
-        "中位数",
-        "80 % 区间覆盖率",
-    ]
+    header = ["设置", "模型", "种子数", "7 天段：均值", "中位数", "每日起报：均值", "中位数"]
+    header.append("80 % 区间覆盖率")
     return markdown_table(header, sorted(rows, key=lambda row: row[0]))
 
 
@@ -145,14 +107,13 @@ def bench_table(path):
 
 def main():
     """Print all tables."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("runs", type=Path, help="folder of the runs' --out folders")
     parser.add_argument("--bench", type=Path, help="what bench.py --json wrote")
     args = parser.parse_args()
     groups = collect(args.runs)
-    tables = [*(text_tables(groups["text"]) if groups["text"] else [])]
+    tables = [text_table(groups["text"])] if groups["text"] else []
     tables += [temp_table(groups["temp"])] if groups["temp"] else []
     tables += [bench_table(args.bench)] if args.bench else []
     print("\n\n".join(tables))

@@ -101,9 +101,7 @@ def read_series(frame, path, freq):
         f"{len(series)} steps, {filled} of {int(missing.sum())} missing ones interpolated"
     )
     if missing.mean() > 0.5:
-        raise UserError(
-            f"{path}: more than half of the steps have no temperature; is --freq right?"
-        )
+        raise UserError(f"{path}: half of the steps have no temperature; is --freq right?")
     return series
 
 
@@ -223,9 +221,7 @@ def prepare(args, series, path):
                 f"{path} is too short: {len(starts)} whole windows for {name}, at least 5 are "
                 "needed; lower --train-years or name a longer series"
             )
-    counts = [
-        f"{len(starts)} {part.replace('_', ' ')} (-{out})" for part, (starts, out) in parts.items()
-    ]
+    counts = [f"{len(own)} {part.replace('_', ' ')} (-{out})" for part, (own, out) in parts.items()]
     print(f"windows (left out for missing values): {', '.join(counts)}")
     coefficients = fit_climatology(design[:split], values[:split])
     anomalies = values - design @ coefficients
@@ -355,11 +351,10 @@ def train(args, name, weather, data, linear, device):
         "task": "temp", "options": {"model": name, **options}, "sha256": data["sha256"],
         "climatology": weather.coefficients.tolist(), "scale": weather.scale.tolist(),
     }  # fmt: skip
-    training.seed_all(args.seed)
+    torch.manual_seed(args.seed)
     model = build_model(config["options"])
     model.W_xq.copy_(linear.W_xq)
     run = Run(args, args.out / f"temp_{name}", config, model.to(device))
-    print(f"\n{NAMES[name]}: {run.parameters:,} parameters, {device}", flush=True)
     inputs, scale = torch.from_numpy(weather.inputs).to(device), float(weather.scale[0])
     starts = torch.from_numpy(weather.starts["train"])
     every = min(max(1, weather.steps_a_day // 8), len(starts))  # windows a few hours apart
@@ -376,8 +371,8 @@ def train(args, name, weather, data, linear, device):
             X = inputs[torch.from_numpy(weather.past(batch)).t()]  # (known, B, D)
             Y = inputs[torch.from_numpy(weather.future(batch)), 0]  # (B, horizon)
             run.step((model(X) - Y).abs().mean() * scale)
-        scores = {"train_mean_error": error(some)}
-        scores["validation_mean_error"] = error(weather.starts["validation"])
+        parts = {"train": some, "validation": weather.starts["validation"]}
+        scores = {f"{part}_mean_error": error(own) for part, own in parts.items()}
         run.finish_epoch(scores, monitor="validation_mean_error", mode="min")
     run.load_best()
     return run
@@ -400,17 +395,12 @@ def test(run, name, weather, data, linear):
     errors = weather.truth[weather.future(validation)] - degrees(validation)
     band = np.quantile(errors, BAND, axis=0)  # (2, horizon), degC: by lead time
     run.model.W_xq.copy_(linear.W_xq_all)
-    training.save_checkpoint(
-        run.folder / "best.pt", **run.config, epoch=run.best["epoch"],
-        weights=run.model.state_dict(), band=band.tolist(),
-    )  # fmt: skip
+    run.save_best(run.model, band=band.tolist())
     forecasts, entries = {}, {}
     for part in PARTS:
         starts = weather.starts[part]
-        forecasts[part] = {
-            "model": degrees(starts),
-            **baseline_forecasts(weather, starts, linear.baseline),
-        }
+        baselines = baseline_forecasts(weather, starts, linear.baseline)
+        forecasts[part] = {"model": degrees(starts)} | baselines
         entries[part] = test_errors(weather.truth[weather.future(starts)], forecasts[part], band)
     split = {part: len(weather.starts[part]) for part in ("train", "validation")}
     split["test"] = len(weather.starts["daily_origins"])
@@ -418,7 +408,7 @@ def test(run, name, weather, data, linear):
     write_predictions(run.folder / "predictions.csv", weather, forecasts["segments"]["model"], band)
     stamp = " (bundled sample)" if data["source"] == "sample" else ""
     print_errors(entries, NAMES[name], f"{NAMES[name]}, test, epoch {run.best['epoch']}{stamp}")
-    draw(run, weather, forecasts, band, NAMES[name], stamp)
+    draw(run, weather, forecasts, band, f"{NAMES[name]}{stamp}")
     print(f"results in {run.folder}: open forecasts.png and lead_time.png; forecast with")
     best = run.folder / "best.pt"
     print(f'  python temp_forecast.py --checkpoint "{best}" --predict recent.csv', flush=True)
@@ -444,82 +434,78 @@ def print_errors(entries, name, title):
     """Print errors, and skill: the share of a baseline's mean error that the model removes."""
     print(f"\n{title}: absolute errors, degC")
     for part, entry in entries.items():
-        head = f"{PARTS[part]}, {entry['windows']} windows"
-        print(f"{head:34}{'mean':>8}{'median':>10}{'skill of the model':>22}")
-        print(f"  {name:32}{entry['mean_error']:8.3f}{entry['median_error']:10.3f}")
-        for baseline, errors in entry["baselines"].items():
-            mean = errors["mean_error"]
-            skill = f"{1 - entry['mean_error'] / mean:.1%}" if mean else "-"
-            label = baseline.replace("_", " ")
-            print(f"  {label:32}{mean:8.3f}{errors['median_error']:10.3f}{skill:>22}")
-        print(f"  the 80 % band holds {entry['coverage_80']:.1%} of the true values")
+        rows = {name: entry} | entry["baselines"]
+        frame = pd.DataFrame.from_dict(rows, orient="index")[["mean_error", "median_error"]]
+        frame["skill of the model"] = 1 - entry["mean_error"] / frame["mean_error"]
+        print(f"\n{PARTS[part]}, {entry['windows']} windows\n{frame.round(3).to_string()}")
+        print(f"the 80 % band holds {entry['coverage_80']:.1%} of the true values")
     print(flush=True)
 
 
 def write_predictions(path, weather, forecasts, band):
     """Write each forecast step of the test segments: stamp, hours ahead, truth, forecast, band."""
+    hours = lead_hours(weather)
     rows = []
     for segment, steps in enumerate(weather.future(weather.starts["segments"])):
         values = np.stack([weather.truth[steps], forecasts[segment], *(forecasts[segment] + band)])
-        for ahead, (stamp, row) in enumerate(zip(weather.index[steps], values.T, strict=True), 1):
-            hours = round(ahead * 24 / weather.steps_a_day, 2)
-            rows.append([segment + 1, stamp.strftime(STAMP), hours, *row.round(3).tolist()])
+        stamps = weather.index[steps].strftime(STAMP)
+        for stamp, hour, row in zip(stamps, hours, values.T.round(3).tolist(), strict=True):
+            rows.append([segment + 1, stamp, hour, *row])
     header = ["segment", "Date Time", "hours ahead", TARGET, "forecast (degC)", "low 10 % (degC)"]
     training.write_csv(path, [*header, "high 90 % (degC)"], rows)
 
 
-def draw(run, weather, forecasts, band, name, stamp):
+def lead_hours(weather):
+    """Hours from the last known step to each forecast step (horizon,)."""
+    return ((np.arange(weather.horizon) + 1) * 24 / weather.steps_a_day).round(2).tolist()
+
+
+def draw(run, weather, forecasts, band, name):
     """Draw the curves, six test segments from the best to the worst, and the error by lead time."""
     parts = ("train", "validation")
     curves = {part: [record[f"{part}_mean_error"] for record in run.history] for part in parts}
-    title = f"{name}: mean error without dropout, degC{stamp}"
+    title = f"{name}: mean error without dropout, degC"
     plots.draw_curves(run.folder / "curves.png", {title: curves})
     starts, model = weather.starts["segments"], forecasts["segments"]["model"]
     errors = np.abs(weather.truth[weather.future(starts)] - model).mean(axis=1)
     windows = []
-    for rank in np.linspace(0, len(starts) - 1, 6).round().astype(int):
-        i = np.argsort(errors)[rank]
+    for i in np.argsort(errors)[np.linspace(0, len(starts) - 1, 6).round().astype(int)]:
         steps = slice(starts[i], starts[i] + weather.known + weather.horizon)
         windows.append({
             "index": weather.index[steps], "truth": weather.truth[steps], "forecast": model[i],
             "low": model[i] + band[0], "high": model[i] + band[1], "error": errors[i],
             "steps_a_day": weather.steps_a_day,
         })  # fmt: skip
-    title = f"{name}{stamp}: test segments from the best to the worst"
+    title = f"{name}: test segments from the best to the worst"
     plots.draw_forecasts(run.folder / "forecasts.png", windows, title)
     truth = weather.truth[weather.future(weather.starts["daily_origins"])]
-    hours = (np.arange(weather.horizon) + 1) * 24 / weather.steps_a_day
-    by_name = {
-        name if key == "model" else key.replace("_", " "): np.abs(truth - values)
-        for key, values in forecasts["daily_origins"].items()
-    }
-    plots.draw_lead_time(run.folder / "lead_time.png", hours, by_name, f"error by lead time{stamp}")
+    own = forecasts["daily_origins"]
+    by_name = {key.replace("_", " "): np.abs(truth - own[key]) for key in own}
+    title = f"error by lead time, {name}"
+    plots.draw_lead_time(run.folder / "lead_time.png", lead_hours(weather), by_name, title)
 
 
 def compare(args, results, histories):
     """The four structures side by side with the baselines: temp_all/."""
-    folder, rows = args.out / "temp_all", []
 
-    def errors_of(entries):
-        names = {"mean": "mean_error", "median": "median_error"}
-        return {f"{part}, {k}": entries[part][v] for part in PARTS for k, v in names.items()}
+    def row(name, entries, **more):
+        kinds = {"mean": "mean_error", "median": "median_error"}
+        errors = {f"{part}, {k}": entries[part][kinds[k]] for part in PARTS for k in kinds}
+        return {"model": name} | errors | more
 
-    for name, metrics in results.items():
-        row = {"model": NAMES[name]} | errors_of(metrics["test"])
-        row |= {key: metrics[key] for key in ("parameters", "seconds_per_epoch", "best_epoch")}
-        rows.append(row)
-    for name in metrics["test"]["segments"]["baselines"]:
-        entries = {part: metrics["test"][part]["baselines"][name] for part in PARTS}
-        rows.append({"model": name} | errors_of(entries))
-    stamp = "Bundled sample, made-up data. " if metrics["data"]["source"] == "sample" else ""
-    content = {NAMES[name]: own for name, own in results.items()}
+    rows, keys = [], ("parameters", "seconds_per_epoch", "best_epoch")
+    for name, own in results.items():
+        rows.append(row(NAMES[name], own["test"], **{key: own[key] for key in keys}))
+    last = next(reversed(results.values()))  # the baselines of all four are the same
+    for name in last["test"]["segments"]["baselines"]:
+        entries = {part: last["test"][part]["baselines"][name] for part in PARTS}
+        rows.append(row(name.replace("_", " "), entries))
+    stamp = "Bundled sample, made-up data. " if last["data"]["source"] == "sample" else ""
     note = f"{stamp}Absolute errors on the test years, degC."
-    training.write_comparison(folder, rows, content, note)
-    keys = {"training": "train_mean_error", "validation": "validation_mean_error"}
-    panels = training.history_panels(
-        histories, {f"{k} mean error, degC": v for k, v in keys.items()}
-    )
-    plots.draw_curves(folder / "comparison.png", panels)
+    folder = args.out / "temp_all"
+    training.write_comparison(folder, rows, {NAMES[name]: results[name] for name in results}, note)
+    keys = {f"{part} mean error, degC": f"{part}_mean_error" for part in ("train", "validation")}
+    plots.draw_curves(folder / "comparison.png", training.history_panels(histories, keys))
     print(f"comparison in {folder}: open comparison.png")
 
 
@@ -533,16 +519,10 @@ def predict(args, device):
         options = saved["options"]
         freq, known, horizon = options["freq"], options["known"], options["horizon"]
         steps_a_day, columns = STEPS_A_DAY[freq], options["columns"]
-        coefficients, scale, band = (
-            np.array(saved[key], float) for key in ("climatology", "scale", "band")
-        )
-        terms = harmonics(pd.DatetimeIndex(["2009-01-01"]), steps_a_day).shape[1]
-        shapes = (terms, len(columns)), (len(columns),), (2, horizon)
-        for numbers, shape in zip((coefficients, scale, band), shapes, strict=True):
-            if numbers.shape != shape or not np.isfinite(numbers).all():
-                raise ValueError("numbers of a wrong shape, or not finite")
-        model = build_model(options)
-        training.load_weights(model.to(device), saved["weights"])
+        coefficients, scale = np.array(saved["climatology"]), np.array(saved["scale"])
+        band = np.array(saved["band"])  # (2, horizon)
+        model = build_model(options).to(device)
+        model.load_state_dict(saved["weights"])
     frame, data = datasets.load(datasets.CLIMATE, args.predict)
     with contextlib.redirect_stdout(sys.stderr):  # only the forecast goes to stdout
         series = read_series(frame, data["path"], freq)

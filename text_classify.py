@@ -14,11 +14,11 @@ import logging
 import sys
 from collections import Counter
 from dataclasses import dataclass
-from itertools import chain, repeat
-from operator import add
+from itertools import chain, islice, repeat
 
 import jieba
 import numpy as np
+import pandas as pd
 import torch
 from torch.nn import functional as F
 
@@ -135,7 +135,7 @@ def cached_words(texts, sha256):
 def pairs(cut):
     """Each character of a text cut into words with the next one; the last one with a line feed."""
     text = "".join(cut)
-    return map(add, text, text[1:] + "\n")
+    return [a + b for a, b in zip(text, text[1:] + "\n", strict=True)]
 
 
 def build_vocabularies(cuts, kind, min_freq):
@@ -247,12 +247,22 @@ def probabilities(model, corpus, rows, batch_size=128):
     return by_row[rows]
 
 
-def score(model, corpus, reviews, rows):
-    """Cross-entropy without label smoothing or dropout, accuracy and macro-F1 on some rows."""
-    p, truth = probabilities(model, corpus, rows), torch.from_numpy(reviews.labels)[rows]
-    matrix = confusion_matrix(truth.numpy(), p.argmax(1).numpy(), len(reviews.classes))
-    loss = F.nll_loss(p.clamp_min(1e-12).log(), truth).item()
-    return loss, accuracy(matrix), precision_recall_f1(matrix, "macro")[2]
+def validate(model, corpus, reviews, train_rows):
+    """Scores of an epoch: on validation rows and, for the curves, on some training rows.
+
+    The cross-entropies are without label smoothing and dropout, so that they compare.
+    """
+
+    def score(rows):
+        p, truth = probabilities(model, corpus, rows), torch.from_numpy(reviews.labels)[rows]
+        matrix = confusion_matrix(truth.numpy(), p.argmax(1).numpy(), len(reviews.classes))
+        loss = F.nll_loss(p.clamp_min(1e-12).log(), truth).item()
+        return loss, accuracy(matrix), precision_recall_f1(matrix, "macro")[2]
+
+    names = ["train_loss", "train_accuracy"]
+    scores = dict(zip(names, score(train_rows), strict=False))
+    names = ["validation_loss", "validation_accuracy", "validation_f1_macro"]
+    return scores | dict(zip(names, score(reviews.split["validation"]), strict=True))
 
 
 def train(args, name, reviews, corpus, vocabularies):
@@ -263,12 +273,11 @@ def train(args, name, reviews, corpus, vocabularies):
         "task": "text", "options": {"model": name, **options}, "vocabularies": vocabularies,
         "labels": reviews.classes, "sha256": reviews.data["sha256"],
     }  # fmt: skip
-    training.seed_all(args.seed)
+    torch.manual_seed(args.seed)
     model = build_model(config["options"], vocabularies, len(reviews.classes)).to(corpus.device)
     run = Run(args, args.out / f"text_{name}", config, model)
     some_rows = reviews.split["train"][torch.randperm(len(reviews.split["train"]))[:CURVE_ROWS]]
     word_column = list(vocabularies).index("word") if "word" in vocabularies else None
-    print(f"\n{NAMES[name]}: {run.parameters:,} parameters, {corpus.device}", flush=True)
 
     for _ in run.epochs():
         model.train()
@@ -279,13 +288,8 @@ def train(args, name, reviews, corpus, vocabularies):
                 words[torch.rand(words.shape, device=words.device) < args.word_dropout] = UNK
             logits = model(tokens, lengths)  # (B, K)
             run.step(F.cross_entropy(logits, labels, label_smoothing=args.label_smoothing))
-        train_loss, train_accuracy, _ = score(run.averaged, corpus, reviews, some_rows)
-        loss, share, f1 = score(run.averaged, corpus, reviews, reviews.split["validation"])
-        run.finish_epoch(
-            {"train_loss": train_loss, "validation_loss": loss, "train_accuracy": train_accuracy,
-             "validation_accuracy": share, "validation_f1_macro": f1},
-            monitor="validation_f1_macro", mode="max",
-        )  # fmt: skip
+        scores = validate(run.averaged, corpus, reviews, some_rows) if training.is_first() else None
+        run.finish_epoch(scores, monitor="validation_f1_macro", mode="max")
     run.load_best()
     return run
 
@@ -334,27 +338,25 @@ def test_scores(reviews, p):
 
 def print_scores(scores, title):
     """Print precision, recall, F1 and support of each class and of their averages."""
-    print(f"\n{title}\n{'':12}{'precision':>10}{'recall':>10}{'F1':>10}{'support':>10}")
-    total = sum(entry["support"] for entry in scores["per_class"].values())
-    rows = {label: list(entry.values()) for label, entry in scores["per_class"].items()}
+    rows = dict(scores["per_class"])
+    support = sum(row["support"] for row in rows.values())
     for average in ("macro", "weighted"):
-        values = [scores[f"{name}_{average}"] for name in ("precision", "recall", "f1")]
-        rows[average] = [*values, total]
-    for label, (*values, support) in rows.items():
-        width = 12 - sum(character > "\u2e80" for character in label)  # Chinese takes two columns
-        print(f"{label:{width}}" + "".join(f"{value:10.4f}" for value in values) + f"{support:10}")
-    print(f"{'accuracy':12}{scores['accuracy']:30.4f}{total:10}\n", flush=True)
+        values = {name: scores[f"{name}_{average}"] for name in ("precision", "recall", "f1")}
+        rows[f"{average} average"] = values | {"support": support}
+    frame = pd.DataFrame.from_dict(rows, orient="index")
+    with pd.option_context("display.unicode.east_asian_width", True):
+        print(f"\n{title}\n{frame.to_string(float_format='{:.4f}'.format)}")
+    print(f"accuracy {scores['accuracy']:.4f}\n", flush=True)
 
 
 def write_predictions(path, reviews, p):
     """Write each test row's number in the file, truth, prediction, its probability, and text."""
-    rows, best = reviews.split["test"].tolist(), p.max(dim=1)
-    header = ["row", "label", "predicted", "probability", "text"]
-    table = []
-    for row, k, share in zip(rows, best.indices.tolist(), best.values.tolist(), strict=True):
-        names = reviews.classes[reviews.labels[row]], reviews.classes[k]
-        table.append([row + 1, *names, f"{share:.4f}", reviews.texts[row]])
-    training.write_csv(path, header, table)
+    rows, best = reviews.split["test"].numpy(), p.max(dim=1)
+    classes = np.array(reviews.classes, dtype=object)
+    truth, predicted = classes[reviews.labels[rows]], classes[best.indices.numpy()]
+    shares, texts = [f"{share:.4f}" for share in best.values], [reviews.texts[i] for i in rows]
+    table = zip((rows + 1).tolist(), truth, predicted, shares, texts, strict=True)
+    training.write_csv(path, ["row", "label", "predicted", "probability", "text"], table)
 
 
 # --- comparison ---------------------------------------------------------------------------------
@@ -428,17 +430,6 @@ def compare(args, reviews, results, reach):
 # --- prediction ---------------------------------------------------------------------------------
 
 
-def waiting_lines(stream):
-    """Yield lists of lines of a binary stream: as many as are waiting, so nobody waits for more."""
-    rest = b""
-    while chunk := stream.read1(1 << 16):
-        *lines, rest = (rest + chunk).split(b"\n")
-        if lines:
-            yield lines
-    if rest:
-        yield [rest]
-
-
 def decode(line):
     """A line of input as text: UTF-8 with or without BOM, otherwise GB18030."""
     with contextlib.suppress(UnicodeDecodeError):
@@ -455,27 +446,21 @@ def predict(args, device):
     """Print label, probability and text of one text, or of each line of the standard input."""
     saved = training.load_checkpoint(args.checkpoint, "text")
     with training.refuse_damaged(args.checkpoint):
-        vocabularies, labels = (
-            saved["vocabularies"],
-            [on_one_line(label) for label in saved["labels"]],
-        )
-        model = build_model(saved["options"], vocabularies, len(labels))
-        training.load_weights(model.to(device), saved["weights"])
-        max_tokens = number(int, 1, 10_000)(saved["options"]["max_tokens"])
+        vocabularies, max_tokens = saved["vocabularies"], saved["options"]["max_tokens"]
+        labels = [on_one_line(label) for label in saved["labels"]]
+        model = build_model(saved["options"], vocabularies, len(labels)).to(device)
+        model.load_state_dict(saved["weights"])
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     given = [args.predict.encode("utf-8", "surrogateescape")]
-    for lines in waiting_lines(sys.stdin.buffer) if args.predict == "-" else [given]:
-        for part in range(0, len(lines), 256):
-            texts = [decode(line).strip() for line in lines[part : part + 256]]
-            ids, counts = encode(cut_words(texts), vocabularies)
-            corpus = Corpus(ids, counts, np.zeros(len(texts), np.int64), max_tokens, device)
-            best = probabilities(model, corpus, torch.arange(len(texts))).max(dim=1)
-            for text, share, k in zip(
-                texts, best.values.tolist(), best.indices.tolist(), strict=True
-            ):
-                print(labels[k], f"{share:.4f}", on_one_line(text), sep="\t")
-        sys.stdout.flush()
+    lines = iter(sys.stdin.buffer if args.predict == "-" else given)
+    while part := list(islice(lines, 256)):
+        texts = [decode(line).strip() for line in part]
+        ids, counts = encode(cut_words(texts), vocabularies)
+        corpus = Corpus(ids, counts, np.zeros(len(texts), np.int64), max_tokens, device)
+        best = probabilities(model, corpus, torch.arange(len(texts))).max(dim=1)
+        for text, p, k in zip(texts, best.values.tolist(), best.indices.tolist(), strict=True):
+            print(labels[k], f"{p:.4f}", on_one_line(text), sep="\t")
 
 
 def main():

@@ -291,13 +291,6 @@ def refuse_damaged(path):
         raise UserError(f"{path} does not fit this program ({reason}); train again") from error
 
 
-def load_weights(model, weights):
-    """Put a checkpoint's weights into the model; ValueError if one is not finite."""
-    model.load_state_dict(weights)
-    if not all(torch.isfinite(tensor).all() for tensor in model.state_dict().values()):
-        raise ValueError("weights that are not finite")
-
-
 # --- training -----------------------------------------------------------------------------------
 
 
@@ -322,6 +315,8 @@ class Run:
         self.history, self.best, self.steps = [], None, 0
         skipped = ("resume", "out", "device", "data", "model")  # config holds the model's name
         self.options = {k: str(v) for k, v in vars(args).items() if k not in skipped}
+        name, device = NAMES[config["options"]["model"]], self.params[0].device
+        print(f"\n{name}: {self.parameters:,} parameters, {device}", flush=True)
         remove_stale(folder)
         if args.resume and (folder / "last.pt").exists():
             self._resume()
@@ -343,13 +338,10 @@ class Run:
                 what = f"--{changed[0].replace('_', '-')}" if changed else "the data"
                 raise UserError(f"the run in {self.folder} began with another value of {what}; "
                                 "use the same or leave out --resume")  # fmt: skip
-            load_weights(self.model, last["weights"])
+            self.model.load_state_dict(last["weights"])
             self.averaged.load_state_dict(last["averaged"])
             self.optimizer.load_state_dict(last["optimizer"])
             self.history, self.best, self.steps = last["history"], last["best"], last["steps"]
-            done = [record["epoch"] for record in self.history]
-            if done != list(range(1, len(done) + 1)) or not self.steps >= self.best["epoch"] > 0:
-                raise ValueError("a history with gaps")
 
     def epochs(self):
         """Yield the numbers of the epochs that are still to do, each with its own random numbers.
@@ -415,12 +407,12 @@ class Run:
     def finish_epoch(self, scores, monitor, mode):
         """Record an epoch's scores, keep the model if it is the best yet, save, print a line.
 
-        scores: {name: number}; monitor: the name that decides; mode: "max" or "min".
-        Raises UserError if a score is not finite.
+        scores: {name: number}, of the first process; monitor: the name that decides; mode: "max"
+        or "min". Raises UserError if a score is not finite.
         """
         if distributed.is_initialized():
             shared = [scores]
-            distributed.broadcast_object_list(shared)  # all decide by the first process's scores
+            distributed.broadcast_object_list(shared)  # the first process has measured them
             scores = shared[0]
         if not all(map(math.isfinite, scores.values())):
             raise UserError(f"the scores of epoch {self.epoch} are not finite; try a lower --lr")
@@ -459,7 +451,7 @@ class Run:
             path = self.folder / "best.pt"
             content = load_checkpoint(path, self.config["task"])
             with refuse_damaged(path):
-                load_weights(self.model, content["weights"])
+                self.model.load_state_dict(content["weights"])
 
     def write_metrics(self, name, data, split, test):
         """Write metrics.json; returns its content."""
