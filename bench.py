@@ -10,16 +10,15 @@ The GRUs differ: ours resets the state before the product, torch.nn.GRU after it
 """
 
 import argparse
-import json
 import platform
 import statistics
-import sys
 import time
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from bptt import tune_allocator
+import training
 from rnn_models import Recurrence
 
 SHAPES = [(50, 64, 128, 128), (100, 64, 300, 256), (120, 256, 1, 64)]  # T, B, D, h
@@ -92,46 +91,34 @@ def measure(cell, shape, device, rounds, cuda_graphs=False):
     return result
 
 
-def parse_arguments():
-    """Read the options; a wrong one ends the program with one line and exit status 2."""
-    description = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=description)
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
-    parser.add_argument("--quick", action="store_true", help="3 rounds instead of 15")
-    parser.add_argument("--json", metavar="FILE", help="write the numbers to FILE too")
-    parser.add_argument("--cuda-graphs", action="store_true", help="record ours as CUDA graphs")
+def parse_args():
+    """The command line as a namespace."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = training.Parser(description=__doc__, formatter_class=formatter)
+    add = parser.add_argument
+    add("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    add("--threads", type=training.number(int, 1, 1024), default=2, help="CPU threads (default: 2)")
+    add("--quick", action="store_true", help="3 rounds instead of 15")
+    add("--json", type=Path, metavar="FILE", help="write the numbers to FILE too")
+    add("--cuda-graphs", action="store_true", help="record ours as CUDA graphs")
     args = parser.parse_args()
-    try:
-        args.device = torch.device(args.device)
-        torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        fail(f"--device {args.device}: {str(error).splitlines()[0]}")
-    if args.threads < 1:
-        fail(f"--threads must be at least 1, not {args.threads}")
-    if args.cuda_graphs and args.device.type != "cuda":
-        fail(f"--cuda-graphs needs --device cuda, not {args.device}")
+    if args.cuda_graphs and not args.device.startswith("cuda"):
+        raise training.UserError(f"--cuda-graphs needs --device cuda, not {args.device}")
     return args
-
-
-def fail(message):
-    """End the program with one line on stderr and exit status 2."""
-    print(f"bench.py: error: {message}", file=sys.stderr)
-    sys.exit(2)
 
 
 def main():
     """Measure all cells at all shapes; print the table row by row."""
-    args = parse_arguments()
-    tune_allocator()
+    args = parse_args()
+    device = training.pick_device(args.device)
     torch.set_num_threads(args.threads)
-    cuda, rows = args.device.type == "cuda", []
-    name = torch.cuda.get_device_name(args.device) if cuda else platform.machine()
+    cuda, rows = device.type == "cuda", []
+    name = torch.cuda.get_device_name(device) if cuda else platform.machine()
     machine = f"{name}, {args.threads} threads, torch {torch.__version__}"
     print(f"{machine}; milliseconds, first of a training step, then of inference\n\n{HEADER}")
     for shape in GPU_SHAPES if cuda else SHAPES:
         for cell in LAYERS:
-            row = measure(cell, shape, args.device, 3 if args.quick else 15, args.cuda_graphs)
+            row = measure(cell, shape, device, 3 if args.quick else 15, args.cuda_graphs)
             numbers = []
             for mode in ("train", "inference"):
                 numbers += [row[mode][kind] for kind in KINDS] + [row[f"{mode}_ratio"]]
@@ -144,13 +131,9 @@ def main():
         means[mode] = statistics.geometric_mean(ratios)
         print(f"\n{mode}, ours/torch: geometric mean {means[mode]:.2f}, largest {max(ratios):.2f}")
     if args.json:
-        try:
-            with open(args.json, "w", encoding="utf-8") as stream:
-                result = {"machine": machine, "rows": rows, "geometric_means": means}
-                json.dump(result, stream, indent=2)
-        except OSError as error:
-            fail(f"--json {args.json}: {error.strerror}")
+        content = {"machine": machine, "rows": rows, "geometric_means": means}
+        training.write_json(args.json, content)
 
 
 if __name__ == "__main__":
-    main()
+    training.run_script(main)
