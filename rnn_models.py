@@ -79,12 +79,11 @@ def bi_lstm(inputs, state, params, lengths=None):
     """
     forward, backward = state
     *params, W_hq, b_q = params
-    h = len(W_hq) // 2
+    half, h = len(params) // 2, len(W_hq) // 2
     # [H, H_b] W_hq is H times the upper half of W_hq plus H_b times the lower half.
-    Y, forward = lstm(inputs, forward, [*params[:12], W_hq[:h], b_q])
-    Y_b, backward = lstm(
-        reverse(inputs, lengths), backward, [*params[12:], W_hq[h:], torch.zeros_like(b_q)]
-    )
+    params_f, params_b = [*params[:half], W_hq[:h], b_q], [*params[half:], W_hq[h:], 0 * b_q]
+    Y, forward = lstm(inputs, forward, params_f)
+    Y_b, backward = lstm(reverse(inputs, lengths), backward, params_b)
     return Y + reverse(Y_b, lengths), (forward, backward)
 
 
@@ -216,7 +215,8 @@ class Recurrence(nn.Module):
     def directions(self):
         """The parameters without W_hq and b_q, a list for each direction."""
         params = self.params[:-2]
-        return [params[:12], params[12:]] if self.cell == "bi_lstm" else [params]
+        half = len(params) // 2
+        return [params[:half], params[half:]] if self.cell == "bi_lstm" else [params]
 
     def forward(self, inputs, lengths=None):
         """Hidden states (T, B, h), (T, B, 2h) for "bi_lstm", of inputs (T, B, D).
@@ -225,16 +225,17 @@ class Recurrence(nn.Module):
         """
         B = inputs.shape[1]
         state = init_state(self.cell, B, self.num_hiddens, inputs.device, inputs.dtype)
-        *params, W_hq, b_q = self.params
         if self.loops == "plain":  # with the identity as W_hq, the outputs are the hidden states
-            W_hq, b_q = torch.eye(len(W_hq)).to(W_hq), torch.zeros(len(W_hq)).to(b_q)
+            *params, W_hq, b_q = self.params
+            identity = [torch.eye(len(W_hq)).to(W_hq), torch.zeros(len(W_hq)).to(b_q)]
             options = [lengths] if self.cell == "bi_lstm" else []
-            return CELLS[self.cell](inputs, state, [*params, W_hq, b_q], *options)[0]
+            return CELLS[self.cell](inputs, state, [*params, *identity], *options)[0]
         if self.cell == "bi_lstm":
-            H, _ = bptt.lstm(inputs, state[0], params[:12])
-            H_b, _ = bptt.lstm(reverse(inputs, lengths), state[1], params[12:])
+            params, params_b = self.directions()
+            H, _ = bptt.lstm(inputs, state[0], params)
+            H_b, _ = bptt.lstm(reverse(inputs, lengths), state[1], params_b)
             return torch.cat([H, reverse(H_b, lengths)], dim=2)
-        return getattr(bptt, self.cell)(inputs, state, params)[0]
+        return getattr(bptt, self.cell)(inputs, state, *self.directions())[0]
 
     def output(self, states):
         """Y = H W_hq + b_q: states (..., h) give (..., Q)."""

@@ -31,7 +31,7 @@ from rnn_models import CELLS, POOLS, TextClassifier, init_state, reverse
 from training import NAMES, Run, number
 
 PAD, UNK = 0, 1
-PLACES = ["<pad>", "alone", "first", "inside", "last"]  # of a character in its word
+PLACES = ["<pad>", "alone", "first", "inside", "last"]  # 0 to 4: of a character in its word
 PAIR_MIN_FREQ = 20  # pairs of characters are many; rarer ones are <unk>
 CURVE_ROWS = 5000  # training rows on which the curves' training loss is measured
 REACH = 40  # tokens over which the gradient's reach is measured
@@ -54,16 +54,14 @@ def parse_args(arguments=None):
     share = number(float, 0, 0.999)
     add("--preset", choices=PRESETS, help="lab: words, last state, lr 1e-3, no smoothing, no "
         "averaging, ...; options given beside it win")  # fmt: skip
-    add("--tokens", choices=["both", "word", "char"], default="both", help="jieba's words; "
-        "characters; or characters with their word, place in it, and next one")  # fmt: skip
+    add("--tokens", choices=["both", "word"], default="both", help="jieba's words, or characters "
+        "with their word, their place in it, and the next character")  # fmt: skip
     add("--embedding", type=number(int, 1, 8192), default=128, help="size D of an embedding")
     add("--pool", choices=POOLS, default="max", help="how a text's states become one")
     add("--min-freq", type=number(int, 1, 10**9), default=2, help="rarer tokens are <unk>")
     add("--max-tokens", type=number(int, 1, 10_000), default=256, help="longer texts are cut")
     add("--label-smoothing", type=share, default=0.1, help="target's share spread over all classes")
     add("--word-dropout", type=share, default=0.2, help="share of words that are <unk> in training")
-    add("--text-column", default="review", help="column of the texts")
-    add("--label-column", default="cat", help="column of the classes")
     add("--predict", metavar="TEXT", help="classify this text, or with - each line of the input")
     return training.parse(parser, arguments, PRESETS)
 
@@ -86,10 +84,10 @@ def read_reviews(args):
     """Read the corpus and split it. Raises UserError for unfit data."""
     frame, data = datasets.load(datasets.REVIEWS, args.data)
     path = data["path"]
-    datasets.check_columns(frame, (args.text_column, args.label_column), path)
-    texts = [text.strip("\ufeff \t\r\n\u3000") for text in frame[args.text_column].astype(str)]
-    names = np.array([name.strip() for name in frame[args.label_column].astype(str)], dtype=object)
-    usable = np.array([bool(t) and bool(n) for t, n in zip(texts, names, strict=True)], dtype=bool)
+    datasets.check_columns(frame, ("review", "cat"), path)
+    texts = frame["review"].astype(str).str.strip("\ufeff \t\r\n\u3000").tolist()
+    names = frame["cat"].astype(str).str.strip().to_numpy(object)
+    usable = np.array([text != "" for text in texts], bool) & (names != "")
     i = np.arange(1, len(texts) + 1)
     parts = {"train": ~np.isin(i % 5, (0, 4)), "validation": i % 5 == 4, "test": i % 5 == 0}
     split = {part: torch.from_numpy(np.flatnonzero(usable & own)) for part, own in parts.items()}
@@ -98,14 +96,14 @@ def read_reviews(args):
             raise UserError(f"{path} has {len(rows)} usable {part} rows, at least 5 are needed")
     classes = sorted(set(names[usable]))
     if len(classes) < 2:
-        raise UserError(f"{path} has one class only; is --label-column {args.label_column} right?")
+        raise UserError(f"{path} has one class only; name a file with two or more")
     absent = sorted(set(classes) - set(names[split["train"].numpy()]))
     if absent:
         raise UserError(f"class {absent[0]!r} of {path} has no training row; leave it out")
     sizes = ", ".join(f"{len(rows)} {part}" for part, rows in split.items())
     empty = int((~usable).sum())
     print(f"{path}: {len(texts)} rows ({sizes}; {empty} empty left out), {len(classes)} classes")
-    labels = np.searchsorted(classes, np.where(usable, names, classes[0]))
+    labels = pd.Categorical(names, categories=classes).codes.astype(np.int64)  # -1: left out
     return Reviews(texts, labels, classes, split, data)
 
 
@@ -141,32 +139,30 @@ def pairs(cut):
 def build_vocabularies(cuts, kind, min_freq):
     """The tokens of each aspect, most frequent first behind <pad> (0) and <unk> (1).
 
-    cuts: the training texts' words; kind: "word", "char" or "both": {"char", "word", "pair",
-    "place"}. Tokens that occur less than min_freq times (pairs: PAIR_MIN_FREQ) are left out.
+    cuts: the training texts' words; kind: "word", or "both": {"char", "word", "pair", "place"}.
+    Tokens that occur less than min_freq times (pairs: PAIR_MIN_FREQ) are left out.
     """
 
     def frequent(tokens, least):
-        return [token for token, count in Counter(tokens).most_common() if count >= least]
+        counts = Counter(tokens).most_common()
+        return ["<pad>", "<unk>", *(token for token, count in counts if count >= least)]
 
-    vocabularies = {}
-    if kind in ("char", "both"):
-        characters = chain.from_iterable(chain.from_iterable(cuts))
-        vocabularies["char"] = ["<pad>", "<unk>", *frequent(characters, min_freq)]
-    if kind in ("word", "both"):
-        words = chain.from_iterable(cuts)
-        vocabularies["word"] = ["<pad>", "<unk>", *frequent(words, min_freq)]
-    if kind == "both":
-        least = max(min_freq, PAIR_MIN_FREQ)
-        two = frequent(chain.from_iterable(map(pairs, cuts)), least)
-        vocabularies |= {"pair": ["<pad>", "<unk>", *two], "place": PLACES}
-    return vocabularies
+    words = frequent(chain.from_iterable(cuts), min_freq)
+    if kind == "word":
+        return {"word": words}
+    return {
+        "char": frequent(chain.from_iterable(chain.from_iterable(cuts)), min_freq),
+        "word": words,
+        "pair": frequent(chain.from_iterable(map(pairs, cuts)), max(min_freq, PAIR_MIN_FREQ)),
+        "place": PLACES,
+    }
 
 
 def encode(cuts, vocabularies):
     """Texts cut into words as numbers: ids (all tokens, aspects) int32, and counts (texts,).
 
-    A token is a word if "word" is the only vocabulary, otherwise a character with the aspects of
-    the vocabularies. A text without words becomes one <unk>.
+    A token is a word if "word" is the only vocabulary, otherwise a character with its four aspects.
+    A text without words becomes one <unk>.
     """
     cuts = [cut or ["\0"] for cut in cuts]
     words = list(chain.from_iterable(cuts))
@@ -178,16 +174,15 @@ def encode(cuts, vocabularies):
     if list(vocabularies) == ["word"]:
         return ids(words, "word")[:, None], np.fromiter(map(len, cuts), np.int64)
     lengths = np.fromiter(map(len, words), np.int64)
+    places = {n: [1] if n == 1 else [2, *[3] * (n - 2), 4] for n in set(lengths.tolist())}
+    aspects = {
+        "char": ids(chain.from_iterable(words), "char"),
+        "word": np.repeat(ids(words, "word"), lengths),
+        "pair": ids(chain.from_iterable(map(pairs, cuts)), "pair"),
+        "place": np.array(list(chain.from_iterable(map(places.get, lengths.tolist()))), np.int32),
+    }
     counts = np.fromiter((sum(map(len, cut)) for cut in cuts), np.int64)
-    aspects = [ids(chain.from_iterable(words), "char")]
-    if "word" in vocabularies:
-        aspects.append(np.repeat(ids(words, "word"), lengths))
-        aspects.append(ids(chain.from_iterable(map(pairs, cuts)), "pair"))
-        places = {n: [1] if n == 1 else [2, *[3] * (n - 2), 4] for n in set(lengths.tolist())}
-        aspects.append(
-            np.fromiter(chain.from_iterable(map(places.get, lengths.tolist())), np.int32)
-        )
-    return np.stack(aspects, axis=1), counts
+    return np.stack([aspects[name] for name in vocabularies], axis=1), counts
 
 
 class Corpus:
@@ -259,10 +254,10 @@ def validate(model, corpus, reviews, train_rows):
         loss = F.nll_loss(p.clamp_min(1e-12).log(), truth).item()
         return loss, accuracy(matrix), precision_recall_f1(matrix, "macro")[2]
 
-    names = ["train_loss", "train_accuracy"]
-    scores = dict(zip(names, score(train_rows), strict=False))
-    names = ["validation_loss", "validation_accuracy", "validation_f1_macro"]
-    return scores | dict(zip(names, score(reviews.split["validation"]), strict=True))
+    train_loss, train_accuracy, _ = score(train_rows)
+    loss, share, f1 = score(reviews.split["validation"])
+    return {"train_loss": train_loss, "validation_loss": loss, "train_accuracy": train_accuracy,
+            "validation_accuracy": share, "validation_f1_macro": f1}  # fmt: skip
 
 
 def train(args, name, reviews, corpus, vocabularies):
@@ -277,15 +272,14 @@ def train(args, name, reviews, corpus, vocabularies):
     model = build_model(config["options"], vocabularies, len(reviews.classes)).to(corpus.device)
     run = Run(args, args.out / f"text_{name}", config, model)
     some_rows = reviews.split["train"][torch.randperm(len(reviews.split["train"]))[:CURVE_ROWS]]
-    word_column = list(vocabularies).index("word") if "word" in vocabularies else None
+    word_column = list(vocabularies).index("word")
 
     for _ in run.epochs():
         model.train()
         for rows in run.progress(corpus.shuffled(reviews.split["train"], args.batch_size)):
             tokens, lengths, labels = corpus.batch(rows)
-            if word_column is not None:
-                words = tokens[:, :, word_column]  # a view of the tokens
-                words[torch.rand(words.shape, device=words.device) < args.word_dropout] = UNK
+            words = tokens[:, :, word_column]  # a view of the tokens; padding is not read
+            words[torch.rand(words.shape, device=words.device) < args.word_dropout] = UNK
             logits = model(tokens, lengths)  # (B, K)
             run.step(F.cross_entropy(logits, labels, label_smoothing=args.label_smoothing))
         scores = validate(run.averaged, corpus, reviews, some_rows) if training.is_first() else None
@@ -310,9 +304,8 @@ def test(run, name, reviews, corpus):
         }
         for title, key in (("cross-entropy, no dropout", "loss"), ("accuracy", "accuracy"))
     })  # fmt: skip
-    plots.draw_confusion(
-        run.folder / "confusion.png", matrix, reviews.classes, f"{NAMES[name]}{stamp}"
-    )
+    title = f"{NAMES[name]}{stamp}"
+    plots.draw_confusion(run.folder / "confusion.png", matrix, reviews.classes, title)
     print(f"results in {run.folder}: open curves.png and confusion.png; classify a text with")
     best = run.folder / "best.pt"
     print(f'  python text_classify.py --checkpoint "{best}" --predict "..."', flush=True)
