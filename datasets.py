@@ -46,14 +46,12 @@ class Dataset:
     options: dict = field(default_factory=dict)  # of pandas.read_csv
 
 
+CORPUS = "datasets/online_shopping_10_cats/online_shopping_10_cats.zip"
 REVIEWS = Dataset(
     "online_shopping_10_cats.zip",
-    tuple(
-        f"https://{host}/datasets/online_shopping_10_cats/online_shopping_10_cats.zip"
-        for host in (
-            "raw.githubusercontent.com/SophonPlus/ChineseNlpCorpus/master",
-            "cdn.jsdelivr.net/gh/SophonPlus/ChineseNlpCorpus@master",
-        )
+    (
+        "https://raw.githubusercontent.com/SophonPlus/ChineseNlpCorpus/master/" + CORPUS,
+        "https://cdn.jsdelivr.net/gh/SophonPlus/ChineseNlpCorpus@master/" + CORPUS,
     ),
     samples.reviews,
     sha256="6816ded66fde9d0927ecbd370b5e12d0174d1abac35192ec014ac2a0a8d25858",
@@ -122,12 +120,6 @@ def load(dataset, path=None):
     return frame, {"path": str(path), "sha256": digest, "source": source, "rows": len(frame)}
 
 
-def data_folders():
-    """RNN_DATA_DIR, where it is set, and data/."""
-    named = os.environ.get("RNN_DATA_DIR")
-    return [*([expand(named)] if named else []), DATA_DIR]
-
-
 def expand(path):
     """The path with ~ replaced by the home folder, where one is known."""
     return Path(os.path.expanduser(path))
@@ -135,8 +127,10 @@ def expand(path):
 
 def find(dataset):
     """The path of a dataset, zip or CSV, in the first folder that has it; None if none has."""
+    named = os.environ.get("RNN_DATA_DIR")
+    folders = [*([expand(named)] if named else []), DATA_DIR]
     names = (dataset.name, dataset.name.removesuffix(".zip").removesuffix(".csv") + ".csv")
-    paths = [folder / name for folder in data_folders() for name in names]
+    paths = [folder / name for folder in folders for name in names]
     return next((path for path in paths if os.path.isfile(path)), None)
 
 
@@ -234,9 +228,7 @@ def unzip(content, path):
             files = [file for file in archive.infolist() if file.filename.lower().endswith(".csv")]
             files = [file for file in files if "__MACOSX" not in file.filename]
             if len(files) != 1:
-                raise UserError(
-                    f"{path} holds {len(files)} CSV files, not one; unpack the right one"
-                )
+                raise UserError(f"{path} holds {len(files)} CSV files; unpack the right one")
             if files[0].file_size > MAX_BYTES:
                 raise UserError(f"{path} unpacks to more than {MAX_BYTES:,} bytes")
             return archive.read(files[0])

@@ -194,9 +194,7 @@ def hold_folder(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "ab")  # noqa: SIM115 - held open on purpose
     except OSError as error:
-        raise UserError(
-            f"cannot write into {folder} ({error.strerror}); use another --out"
-        ) from error
+        raise UserError(f"cannot write into {folder}: {error.strerror}; name another") from error
     try:
         if os.name == "nt":
             import msvcrt
@@ -440,10 +438,8 @@ class Run:
 
     def save_best(self, model, **content):
         """Write best.pt: config, the model's weights, and `content`."""
-        epoch, weights = self.best["epoch"], model.state_dict()
-        save_checkpoint(
-            self.folder / "best.pt", **self.config, epoch=epoch, weights=weights, **content
-        )
+        content |= self.config | {"epoch": self.best["epoch"], "weights": model.state_dict()}
+        save_checkpoint(self.folder / "best.pt", **content)
 
     def load_best(self):
         """Put the best epoch's weights into the model."""
