@@ -216,8 +216,8 @@ def prepare(args, series, path):
     }
     for part, (starts, _) in parts.items():
         if len(starts) < 5:
-            raise UserError(f"{path} is too short: {len(starts)} whole windows for {part}, at least "
-                            "5 are needed; lower --train-years or name a longer series")  # fmt: skip
+            raise UserError(f"{path} is too short: {len(starts)} whole windows for {part}, 5 are "
+                            "needed; lower --train-years or name a longer series")  # fmt: skip
     counts = [f"{len(own)} {part.replace('_', ' ')} (-{out})" for part, (own, out) in parts.items()]
     print(f"windows (left out for missing values): {', '.join(counts)}")
     coefficients = fit_climatology(design[:split], values[:split])
