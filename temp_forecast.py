@@ -368,8 +368,10 @@ def train(args, name, weather, data, linear, device):
             X = inputs[torch.from_numpy(weather.past(batch)).t()]  # (known, B, D)
             Y = inputs[torch.from_numpy(weather.future(batch)), 0]  # (B, horizon)
             run.step((model(X) - Y).abs().mean() * scale)
-        parts = {"train": some, "validation": weather.starts["validation"]}
-        scores = {f"{part}_mean_error": error(own) for part, own in parts.items()}
+        scores = None
+        if training.is_first():
+            scores = {"train_mean_error": error(some)}
+            scores["validation_mean_error"] = error(weather.starts["validation"])
         run.finish_epoch(scores, monitor="validation_mean_error", mode="min")
     run.load_best()
     return run
