@@ -62,7 +62,8 @@ def parse_args(arguments=None):
     add("--max-tokens", type=number(int, 1, 10_000), default=256, help="longer texts are cut")
     add("--label-smoothing", type=share, default=0.1, help="target's share spread over all classes")
     add("--word-dropout", type=share, default=0.2, help="share of words that are <unk> in training")
-    add("--predict", metavar="TEXT", help="classify this text, or with - each line of the input")
+    add("--predict", metavar="TEXT", help="classify this text, with - each line of the input; "
+        "--predict=TEXT for a text that begins with -")  # fmt: skip
     return training.parse(parser, arguments, PRESETS)
 
 

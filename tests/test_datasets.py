@@ -7,6 +7,7 @@ import select
 import threading
 import time
 import zipfile
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pandas as pd
@@ -31,11 +32,8 @@ def zipped(*names, content=BYTES, method=zipfile.ZIP_DEFLATED):
     return stream.getvalue()
 
 
-def damaged(method):
-    """A zip with a byte changed in the middle of its packed content."""
-    content = bytearray(zipped("a.csv", content=os.urandom(50_000), method=method))
-    content[len(content) // 2] ^= 0xFF
-    return bytes(content)
+GOOD = zipped("corpus.csv")
+SHA256 = hashlib.sha256(GOOD).hexdigest()
 
 
 @pytest.mark.parametrize(
@@ -44,33 +42,27 @@ def damaged(method):
         ("plain.csv", BYTES),
         ("excel.csv", TABLE.encode("utf-8-sig")),
         ("chinese_windows.csv", TABLE.encode("gb18030")),
-        ("packed.zip", zipped("inside.csv", "__MACOSX/inside.csv", "readme.txt")),
-        ("packed.ZIP", zipped("INSIDE.CSV", method=zipfile.ZIP_LZMA)),
-        ("misnamed.csv", zipped("inside.csv")),
+        ("packed.zip", zipped("INSIDE.CSV", "__MACOSX/inside.csv", "readme.txt")),
+        ("misnamed.csv", zipped("inside.csv", method=zipfile.ZIP_LZMA)),
     ],
 )
 def test_every_form_of_the_file_gives_the_same_rows(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     frame, data = load(REVIEWS, tmp_path / name)
     assert list(frame.itertuples(index=False, name=None)) == ROWS
-    digest = hashlib.sha256(content).hexdigest()
-    path = str(tmp_path / name)
-    assert data == {"path": path, "sha256": digest, "source": "file", "rows": 2}
+    assert data["sha256"] == hashlib.sha256(content).hexdigest()
+    assert data["path"] == str(tmp_path / name) and data["source"] == "file" and data["rows"] == 2
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("empty.csv", b"", "is empty"),
-        ("utf16.csv", TABLE.encode("utf-16"), "UTF-8"),
         ("picture.csv", bytes(range(256)), "UTF-8"),
         ("ragged.csv", b'a,b\n1,2\n1,2,3,4\n"', "no CSV"),
         ("blank.csv", b"\n\n", "no CSV"),
-        ("half.zip", zipped("inside.csv")[:60], "cannot be unpacked"),
-        ("deflate.zip", damaged(zipfile.ZIP_DEFLATED), "cannot be unpacked"),
-        ("bzip2.zip", damaged(zipfile.ZIP_BZIP2), "cannot be unpacked"),
-        ("lzma.zip", damaged(zipfile.ZIP_LZMA), "cannot be unpacked"),
-        ("stored.zip", damaged(zipfile.ZIP_STORED), "cannot be unpacked"),
+        ("half.zip", GOOD[:60], "cannot be unpacked"),
+        ("damaged.zip", GOOD[:40] + b"\xff" + GOOD[41:], "cannot be unpacked"),  # first data byte
         ("text.zip", BYTES, "no zip"),
         ("none.zip", zipped("readme.txt"), "holds 0 CSV files"),
         ("several.zip", zipped("a.csv", "b.csv"), "holds 2 CSV files"),
@@ -84,48 +76,35 @@ def test_unfit_files_are_refused_in_one_line(tmp_path, name, content, message):
 
 
 @pytest.mark.parametrize("dataset", [REVIEWS, CLIMATE], ids=lambda dataset: dataset.name)
-@pytest.mark.parametrize("long", [[0], [1], [2], [0, 1, 2]])
+@pytest.mark.parametrize("long", [[0], [2], [0, 1, 2]])
 def test_rows_with_a_field_too_many_are_refused_by_number(tmp_path, dataset, long):
     rows = ["蒙牛,0,text" + ",extra" * (row in long) for row in range(3)]
     (tmp_path / "x.csv").write_text("cat,label,review\n" + "\n".join(rows), encoding="utf-8")
-    with pytest.raises(UserError, match=rf"line {long[0] + 2}\b|row {long[0] + 1}\b"):
+    with pytest.raises(UserError, match=rf"row {long[0] + 1} has more fields"):
         load(dataset, tmp_path / "x.csv")
 
 
 def test_files_that_are_too_large_are_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "MAX_BYTES", 10_000)
-    content = zipped("bomb.csv", content=b"0" * 10_001)
-    assert len(content) < 10_000
-    (tmp_path / "bomb.zip").write_bytes(content)
+    (tmp_path / "bomb.zip").write_bytes(zipped("bomb.csv", content=b"0" * 10_001))
     with pytest.raises(UserError, match="unpacks to more than 10,000 bytes"):
         load(REVIEWS, tmp_path / "bomb.zip")
     (tmp_path / "large.csv").write_bytes(b"a\n" + b"0" * 9_999)
-    with pytest.raises(UserError, match="more than 10,000 bytes"):
+    with pytest.raises(UserError, match="has more than 10,000 bytes"):
         load(REVIEWS, tmp_path / "large.csv")
     (tmp_path / "large.csv").write_bytes(b"a\n" + b"0" * 9_998)
     assert load(REVIEWS, tmp_path / "large.csv")[1]["rows"] == 1
 
 
-@pytest.mark.parametrize("name", ["absent.csv", ".", "absent/x.csv", "nul\0.csv", "~nobody_here/x"])
+@pytest.mark.parametrize(
+    "name", ["absent.csv", ".", "nul\0.csv", "~nobody_here/x", "fifo", "/dev/zero"]
+)
 def test_what_is_no_file_is_refused(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError):
+    if hasattr(os, "mkfifo"):  # Windows has neither FIFOs nor devices: both names are absent there
+        os.mkfifo("fifo")
+    with pytest.raises(UserError, match=r"does not exist|no regular file|cannot read"):
         load(REVIEWS, name)
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs or devices here")
-def test_a_fifo_and_a_device_are_refused(tmp_path):
-    os.mkfifo(tmp_path / "x.csv")
-    for path in (tmp_path / "x.csv", "/dev/zero"):
-        with pytest.raises(UserError, match="no regular file"):
-            load(REVIEWS, path)
-
-
-def test_a_missing_column_is_named_with_those_that_are_there():
-    frame = pd.DataFrame({"a": [1], "b": [2]})
-    datasets.check_columns(frame, ["b", "a"], "x.csv")
-    with pytest.raises(UserError, match=r"x\.csv has no column 'c'; its columns are: a, b"):
-        datasets.check_columns(frame, ["a", "c"], "x.csv")
 
 
 cells = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\0"), max_size=40)
@@ -143,9 +122,7 @@ def test_any_text_survives_the_csv_reader(tmp_path_factory, rows, encoding):
     pd.testing.assert_frame_equal(load(REVIEWS, path)[0], frame, check_dtype=False)
 
 
-@given(
-    st.one_of(st.binary(max_size=400), st.binary(max_size=200).map(lambda x: zipped("a.csv") + x))
-)
+@given(st.binary(max_size=400) | st.binary(max_size=200).map(lambda x: zipped("a.csv") + x))
 @settings(max_examples=150, deadline=None)
 def test_any_bytes_are_read_or_refused(tmp_path_factory, content):
     path = tmp_path_factory.mktemp("bytes") / "any.csv"
@@ -173,50 +150,39 @@ def test_folders_are_searched_in_order_and_a_tilde_is_the_home(tmp_path, monkeyp
     assert load(REVIEWS, "~/data/" + names[1])[1]["path"] == str(paths[3])
 
 
-def test_a_file_appears_whole_or_not_at_all(tmp_path):
+def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "new" / "file.txt"
-    with pytest.raises(RuntimeError), whole_file(path, "w") as stream:
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(KeyboardInterrupt), whole_file(path, "w") as stream:
         stream.write("half")
-        raise RuntimeError
+        raise KeyboardInterrupt
     assert list(path.parent.iterdir()) == []
     with whole_file(path, "w") as stream:
         stream.write("first")
         assert not path.exists()
-    with pytest.raises(RuntimeError), whole_file(path, "w") as stream:
-        stream.write("second")
-        raise RuntimeError
-    assert path.read_text() == "first" and [p.name for p in path.parent.iterdir()] == ["file.txt"]
-    assert os.name == "nt" or path.stat().st_mode & 0o777 == 0o644
     with pytest.raises(UserError, match=r"cannot write .*inside"), whole_file(path / "inside"):
         pass
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space left"), whole_file(path, "w") as stream:
+        stream.write("second")
+    assert path.read_text() == "first" and list(path.parent.iterdir()) == [path]
+    assert os.name == "nt" or path.stat().st_mode & 0o777 == 0o644
 
 
-def test_stale_half_files_are_removed_by_name_and_age(tmp_path):
-    names = [
-        ".a.zip.x1.part",
-        ".a.zip.7.part.f00.partial",
-        ".b.zip.x2.part",
-        "a.zip.part",
-        ".a.zip",
-    ]
-
-    def left(*arguments):
-        datasets.remove_stale(tmp_path, *arguments)
-        return sorted(path.name for path in tmp_path.iterdir())
-
-    for name in names:
+def test_half_files_of_killed_runs_are_removed_by_name_and_age(tmp_path):
+    half, other = {".a.zip.x1.part", ".a.zip.7.part.f00.partial"}, {".b.zip.x2.part"}
+    for name in half | other | {"a.zip.part"}:
         (tmp_path / name).write_text("")
         os.utime(tmp_path / name, (time.time() - 100, time.time() - 100))
-    assert left("a.zip", 200) == sorted(names)
-    assert left("a.zip", 50) == sorted(names[2:])
-    assert left() == sorted(names[3:])
+    for arguments, left in [(("a.zip", 200), half | other), (("a.zip", 50), other), ((), set())]:
+        datasets.remove_stale(tmp_path, *arguments)
+        assert {path.name for path in tmp_path.iterdir()} == left | {"a.zip.part"}
 
 
 # --- downloads ----------------------------------------------------------------------------------
-
-GOOD = zipped("corpus.csv")
-SHA256 = hashlib.sha256(GOOD).hexdigest()
-LOGIN = b"<html><body>Please accept the terms of our hotel</body></html>"
 
 
 class Misbehaving(BaseHTTPRequestHandler):
@@ -227,8 +193,8 @@ class Misbehaving(BaseHTTPRequestHandler):
         if kind == "hangup":
             self.close_connection = True
             return
-        body = LOGIN if kind == "login" else GOOD
-        self.send_response(int(kind) if kind.isdigit() else 200)
+        body = b"<html>Please accept the terms of our hotel</html>" if kind == "login" else GOOD
+        self.send_response(503 if kind == "503" else 200)
         self.send_header("Content-Length", "many" if kind == "nonsense" else str(len(body)))
         self.end_headers()
         self.wfile.write(body[:20] if kind in ("cut", "stall") else body)
@@ -259,53 +225,35 @@ def folder(tmp_path, monkeypatch):
     return tmp_path / "data"
 
 
-def corpus(server, *kinds, **known):
-    """A dataset with an address for each kind of answer; its sample is made_up."""
-    made_up = pd.DataFrame(columns=["cat", "label", "review"])
+def corpus(server, *kinds, columns=("cat", "label", "review"), **known):
+    """A dataset with an address for each kind of answer; its sample has no rows."""
     urls = tuple(server + kind for kind in kinds)
-    return Dataset("corpus.zip", urls, lambda: made_up, options=REVIEWS.options, **known)
+    sample = partial(pd.DataFrame, columns=columns)
+    return Dataset("corpus.zip", urls, sample, options=REVIEWS.options, **known)
 
 
-BAD_ANSWERS = ["404", "500", "503", "cut", "hangup", "stall", "nonsense", "login"]
+BAD_ANSWERS = ["503", "cut", "hangup", "stall", "nonsense", "login"]
 
 
 @pytest.mark.parametrize("known", [{"sha256": SHA256}, {"size": len(GOOD), "rows": 2}, {"rows": 2}])
 @pytest.mark.parametrize("kind", BAD_ANSWERS)
-def test_after_a_bad_answer_the_next_address_is_tried(server, folder, monkeypatch, kind, known):
-    named, verify = [], datasets.verify
-
-    def note(dataset, path):
-        named.append((folder / "corpus.zip").exists())
-        verify(dataset, path)
-
-    monkeypatch.setattr(datasets, "verify", note)
-    frame, data = load(corpus(server, kind, "good", "404", **known))
-    assert frame["cat"].tolist() == ["书籍", "酒店"] and not any(named)
-    path = str(folder / "corpus.zip")
-    assert data == {"path": path, "sha256": SHA256, "source": "download", "rows": 2}
-    assert [p.name for p in folder.iterdir()] == ["corpus.zip"]
-    assert load(corpus(server, "404"))[1] == data | {"source": "file"}  # downloaded once
+def test_after_a_bad_answer_the_next_address_is_tried(server, folder, kind, known):
+    frame, data = load(corpus(server, kind, "good", "503", **known))
+    assert frame["cat"].tolist() == ["书籍", "酒店"]
+    path = folder / "corpus.zip"
+    assert data == {"path": str(path), "sha256": SHA256, "source": "download", "rows": 2}
+    assert list(folder.iterdir()) == [path]
+    assert load(corpus(server, "503"))[1] == data | {"source": "file"}  # downloaded once
 
 
 @pytest.mark.parametrize(
     "known",
-    [
-        {"sha256": "0" * 64},
-        {"size": len(GOOD) + 1},
-        {"size": len(GOOD) - 1},
-        {"rows": 1},
-        {"rows": 3},
-    ],
+    [{"sha256": "0" * 64}, {"size": len(GOOD) + 1}, {"rows": 3}, {"rows": 2, "columns": ["T"]}],
+    ids=str,
 )
 def test_a_file_that_is_another_is_not_kept(server, folder, known):
     assert load(corpus(server, "good", **known))[1]["source"] == "sample"
     assert list(folder.iterdir()) == []
-
-
-def test_a_table_with_other_columns_is_not_kept(server, folder):
-    dataset = corpus(server, "good", rows=2)
-    dataset.sample().insert(0, "T (degC)", [])
-    assert load(dataset)[1]["source"] == "sample" and list(folder.iterdir()) == []
 
 
 @pytest.mark.parametrize("kind", BAD_ANSWERS)
@@ -316,8 +264,7 @@ def test_when_all_addresses_fail_the_sample_says_why(server, folder, monkeypatch
     assert data == {"path": "bundled sample", "sha256": digest, "source": "sample", "rows": 0}
     banner = capsys.readouterr().out
     assert "BUNDLED SAMPLE" in banner and "(127.0.0.1: " in banner and server + kind in banner
-    assert "RNN_DATA_DIR=/nowhere" in banner and (kind in banner or not kind.isdigit())
-    assert list(folder.iterdir()) == []
+    assert "RNN_DATA_DIR=/nowhere" in banner and list(folder.iterdir()) == []
 
 
 def test_without_a_network_the_sample_is_used(folder, capsys):
@@ -327,9 +274,8 @@ def test_without_a_network_the_sample_is_used(folder, capsys):
     assert "refused" in banner and REVIEWS.urls[0] in banner and "RNN_DATA_DIR" not in banner
 
 
-def test_a_data_folder_that_cannot_be_written_is_a_reason(server, tmp_path, monkeypatch, capsys):
-    (tmp_path / "data").write_text("a file")
-    monkeypatch.setattr(datasets, "DATA_DIR", tmp_path / "data")
+def test_a_data_folder_that_cannot_be_written_is_a_reason(server, folder, capsys):
+    folder.write_text("a file")
     assert load(corpus(server, "good", sha256=SHA256))[1]["source"] == "sample"
     assert "cannot be written" in capsys.readouterr().out
 
@@ -337,19 +283,16 @@ def test_a_data_folder_that_cannot_be_written_is_a_reason(server, tmp_path, monk
 # --- the samples --------------------------------------------------------------------------------
 
 
-def test_the_sample_of_reviews():
+def test_the_sample_of_reviews_has_all_classes():
     frame = samples.reviews()
-    pd.testing.assert_frame_equal(frame, samples.reviews())
-    assert not frame.equals(samples.reviews(seed=1))
+    assert frame.equals(samples.reviews()) and not frame.equals(samples.reviews(seed=1))
     assert list(frame) == ["cat", "label", "review"] and len(frame) == 2000
     assert frame["cat"].nunique() == 10 and frame["cat"].value_counts().min() >= 30
-    lengths = frame["review"].str.len()
-    assert lengths.min() >= 5 and lengths.quantile(0.9) > 3 * lengths.quantile(0.1)
 
 
-def test_the_sample_of_temperatures():
+def test_the_sample_of_temperatures_is_hourly_with_warm_summers():
     frame = samples.temperatures()
-    pd.testing.assert_frame_equal(frame, samples.temperatures())
+    assert frame.equals(samples.temperatures()) and not frame.equals(samples.temperatures(seed=1))
     stamps = pd.to_datetime(frame["Date Time"], format="%d.%m.%Y %H:%M:%S")
     assert len(frame) == 8 * 8760 + 2 * 24  # leap days of 2012 and 2016
     assert (stamps.diff().dropna() == pd.Timedelta("1h")).all()
