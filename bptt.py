@@ -10,9 +10,10 @@ dV is the gradient of the loss with respect to V, dY the part of dH that comes f
 inside a gate, s the logistic sigmoid, * the elementwise product, W^T the transpose.
 Through a gate: S = s(A) gives dA = dS * S * (1 - S), and S = tanh(A) gives dA = dS * (1 - S^2).
 After the loop, for all cells: dX = dA W_x^T, and summed over the steps dW_x = X^T dA, db = dA.
-The right-hand dH and dC of a backward formula come from the step after; dH starts at zero.
-K, the factors that know nothing of later steps, is worked out for all steps before the loop, in
-the place of dA: so at T, B, D, h = 50, 64, 128, 128 an LSTM's training step takes 9 % less.
+The right-hand dH and dC of a backward formula come from the step after; dH starts at zero, dC at
+the gradient of the last C. The factors K are known after the forward pass: they are worked out for
+all steps at once, in dA's memory, and multiplied by dH or dC in the loop. At T, B, D, h =
+50, 64, 128, 128 that takes 9 % off an LSTM's training step on two threads of an AMD EPYC.
 """
 
 import ctypes
@@ -63,7 +64,7 @@ def _add_product(A, X, W):
 
 
 def _tanh(X, out):
-    """tanh(X); float32 on the CPU as 2 s(2X) - 1, which saves 3 to 5 % of a training step."""
+    """tanh(X); float32 on the CPU as 2 s(2X) - 1, which saves 4 to 14 % of a forward pass."""
     if _fast_cpu(X):
         return torch.add(MINUS_ONE, torch.sigmoid(X + X, out=out), alpha=2, out=out)
     return torch.tanh(X, out=out)

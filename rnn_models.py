@@ -81,7 +81,7 @@ def bi_lstm(inputs, state, params, lengths=None):
     *params, W_hq, b_q = params
     half, h = len(params) // 2, len(W_hq) // 2
     # [H, H_b] W_hq is H times the upper half of W_hq plus H_b times the lower half.
-    params_f, params_b = [*params[:half], W_hq[:h], b_q], [*params[half:], W_hq[h:], 0 * b_q]
+    params_f, params_b = [*params[:half], W_hq[:h], b_q], [*params[half:], W_hq[h:], b_q * 0]
     Y, forward = lstm(inputs, forward, params_f)
     Y_b, backward = lstm(reverse(inputs, lengths), backward, params_b)
     return Y + reverse(Y_b, lengths), (forward, backward)
@@ -127,7 +127,7 @@ def param_names(cell):
 def init_params(cell, num_inputs, num_hiddens, num_outputs, device=None):
     """A cell's parameters, a list of leaf tensors that require gradients, in the order of its loop.
 
-    W_x. (D, h) and W_hq (h, Q), (2h, Q) for "bi_lstm", are uniform in +-1/sqrt(h), as in torch;
+    W_x. (D, h) and W_hq (h, Q), (2h, Q) for "bi_lstm", are uniform in +-1/sqrt(h);
     W_h. (h, h) are orthogonal, which keeps a state's length over many steps (Saxe et al. 2014);
     biases (h,) and (Q,) are 0, the LSTM's forget bias 1 (Jozefowicz et al. 2015).
     Drawn on the CPU: the same seed gives the same parameters on every device.
@@ -205,7 +205,7 @@ class Recurrence(nn.Module):
         self.cell, self.num_hiddens, self.loops = cell, num_hiddens, loops
         params = init_params(cell, num_inputs, num_hiddens, num_outputs)
         for name, param in zip(param_names(cell), params, strict=True):
-            self.register_parameter(name, nn.Parameter(param.detach()))
+            self.register_parameter(name, nn.Parameter(param))
 
     @property
     def params(self):
@@ -243,7 +243,8 @@ class Recurrence(nn.Module):
 
 
 def pool_states(states, lengths, pool, bidirectional=False):
-    """One vector a sequence (B, h) from its states (T, B, h), without the padding behind lengths.
+    """One vector a sequence (B, h) from its states (T, B, h), without the padding behind lengths;
+    h is 2h where the states are those of both directions.
 
     "last" is the state that has read everything: at the sequence's end, and for the backward half
     of a bidirectional cell at its beginning. "mean" and "max" go over all steps.
@@ -324,7 +325,7 @@ class Forecaster(nn.Module):
 
     @staticmethod
     def linear_features(inputs):
-        """[x, x sin, x cos] (B, 3 (T + 1)) of inputs (T, B, D)."""
+        """[x, 1, x sin, sin, x cos, cos] (B, 3 (T + 1)) of inputs (T, B, D)."""
         x = nn.functional.pad(inputs[:, :, 0].t(), (0, 1), value=1.0)  # (B, T + 1)
         sine, cosine = inputs[-1, :, -4:-2].t()[:, :, None]  # (B, 1) each
         return torch.cat([x, x * sine, x * cosine], dim=1)

@@ -73,7 +73,7 @@ def read_series(frame, path, freq):
     stamps = read_stamps(frame["Date Time"], path)
     raw = frame.drop(columns="Date Time")
     values = raw.apply(pd.to_numeric, errors="coerce").astype(float)
-    words = (values.isna() & raw.notna()).sum()
+    not_numbers = (values.isna() & raw.notna()).sum()
     impossible = (values <= -999) | np.isinf(values)
     impossible[TARGET] |= ~values[TARGET].between(-90, 60) & values[TARGET].notna()
     values = values.mask(impossible)
@@ -85,16 +85,17 @@ def read_series(frame, path, freq):
     values.index = stamps
     repeated = int(values.index.duplicated().sum())
     values = values.sort_index().groupby(level=0).mean()
-    steps = values.resample(freq)
+    bins, width = values.resample(freq), pd.Timedelta(days=1) / STEPS_A_DAY[freq]
     spacing = values.index.to_series().diff().median()
-    step = pd.Timedelta(days=1) / STEPS_A_DAY[freq]
-    expected = 1.0 if pd.isna(spacing) else max(1.0, step / spacing)  # rows in a step
-    series = steps.mean().where(steps.count() >= 0.75 * expected)
+    expected = 1.0 if pd.isna(spacing) else max(1.0, width / spacing)  # rows in a step
+    series = bins.mean().where(bins.count() >= 0.75 * expected)
     missing = series[TARGET].isna()
     series = series.apply(fill_short_gaps, longest=3 * STEPS_A_DAY[freq] // 24)
     filled = int((missing & series[TARGET].notna()).sum())
     first, last = series.index[[0, -1]].strftime("%Y-%m-%d %H:%M")
-    noted = ", ".join(f"{count} in {name}" for name, count in words.items() if count) or "none"
+    noted = (
+        ", ".join(f"{count} in {name}" for name, count in not_numbers.items() if count) or "none"
+    )
     print(
         f"{path}: {len(frame)} rows, {first} to {last}; {repeated} repeated stamps averaged; "
         f"{int(impossible.to_numpy().sum())} impossible values; no numbers: {noted}; "
@@ -138,6 +139,7 @@ def harmonics(index, steps_a_day):
     """(N, K) regressors of the climatology: 1, two harmonics of the year, and, for steps shorter
     than a day, two harmonics of the day that change with the season."""
     sin_y, cos_y, sin_d, cos_d = calendar(index).T
+    # 2 sin cos and cos^2 - sin^2 are the sine and cosine of the doubled angle.
     terms = [np.ones(len(index)), sin_y, cos_y, 2 * sin_y * cos_y, cos_y**2 - sin_y**2]
     if steps_a_day > 1:
         for wave in (sin_d, cos_d, 2 * sin_d * cos_d, cos_d**2 - sin_d**2):
@@ -192,7 +194,10 @@ class Weather:
 
 
 def prepare(args, series, path):
-    """Climatology, anomalies and windows of a series. Raises UserError if it is too short."""
+    """Climatology, anomalies and windows of a series. Raises UserError if it is too short.
+
+    The climatology is fitted to all training years, those of validation too.
+    """
     index, steps_a_day = series.index, STEPS_A_DAY[args.freq]
     known, horizon = args.history_days * steps_a_day, args.horizon_days * steps_a_day
     split = int((index < index[0] + pd.DateOffset(years=args.train_years)).sum())
@@ -242,9 +247,9 @@ def network_inputs(anomalies, scale, index):
 def fit_ridge(features, targets, train, validation, penalties):
     """Ridge regression in closed form, with the penalties that have the least validation error.
 
-    features, targets: functions from window starts (n,) to (n, F) and (n, Q); penalties: candidates
-    (F,). Returns two matrices (F, Q): fitted to the training windows, and to those of validation
-    too.
+    features, targets: functions from window starts (n,) to (n, F) and (n, Q); penalties: a list of
+    vectors (F,). Returns two matrices (F, Q): fitted to the training windows, and to these with
+    those of validation.
     """
 
     def moments(starts):
@@ -435,8 +440,10 @@ def print_errors(entries, name, title):
     for part, entry in entries.items():
         rows = {name: entry} | entry["baselines"]
         frame = pd.DataFrame.from_dict(rows, orient="index")[["mean_error", "median_error"]]
-        frame["skill of the model"] = 1 - entry["mean_error"] / frame["mean_error"]
-        print(f"\n{PARTS[part]}, {entry['windows']} windows\n{frame.round(3).to_string()}")
+        errors = frame["mean_error"].where(frame["mean_error"] > 0)
+        frame["skill of the model"] = 1 - (entry["mean_error"] / errors).drop(name)
+        table = frame.to_string(float_format="{:.3f}".format, na_rep="-")
+        print(f"\n{PARTS[part]}, {entry['windows']} windows\n{table}")
         print(f"the 80 % band holds {entry['coverage_80']:.1%} of the true values")
     print(flush=True)
 
@@ -526,7 +533,7 @@ def predict(args, device):
     with contextlib.redirect_stdout(sys.stderr):  # only the forecast goes to stdout
         series = read_series(frame, data["path"], freq)
     datasets.check_columns(series, columns, args.predict)
-    recent = series[columns].iloc[-known:]
+    recent = series.loc[: series[TARGET].last_valid_index(), columns].iloc[-known:]
     if len(recent) < known or recent.isna().to_numpy().any():
         days = known // steps_a_day
         raise UserError(f"{args.predict} does not end with {days} whole days; give it more rows")

@@ -70,7 +70,11 @@ def make_parser(description, **defaults):
     add("--hidden", type=number(int, 1, 8192), help="hidden units h of one direction")
     add("--dropout", type=share, help="share of the classifier's and the last layer's inputs set "
         "to zero in training")  # fmt: skip
-    add("--lr", type=number(float, 1e-12, 1e6), help="highest learning rate of AdamW")
+    add(
+        "--lr",
+        type=number(float, 1e-12, 1e6),
+        help="learning rate of AdamW; with --descent its highest",
+    )
     add("--descent", type=number(int, 0, 10**9), help="steps in which the rate rises and falls to "
         "a twentieth, at most all steps; 0: constant rate")  # fmt: skip
     add("--weight-decay", type=number(float, 0, 1000), help="weight decay of AdamW")
@@ -138,6 +142,8 @@ def pick_device(name):
 def join_processes(device):
     """Join torchrun's other processes (NCCL on GPUs, gloo on CPUs); only the first prints."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not distributed.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # NCCL works on the current device
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if not is_first():
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
@@ -161,11 +167,12 @@ def run_script(main):
     except UserError as error:
         message = f"error: {error}"
     except KeyboardInterrupt:
-        message = "interrupted; the same command with --resume goes on after the last epoch"
+        message = "interrupted; a training goes on after its last epoch with --resume"
         status = 130
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         full = ("can't allocate memory", "not enough memory")  # torch on Linux, on Windows
-        if type(error) is RuntimeError and not any(words in str(error) for words in full):
+        out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not out_of_memory and not any(words in str(error) for words in full):
             raise
         message = "error: the memory is full; lower --batch-size or --hidden"
     except BrokenPipeError:  # the reader, `head` for one, has seen enough
@@ -356,7 +363,9 @@ class Run:
             yield epoch
 
     def progress(self, batches):
-        """Yield this process's share of a list of batches, under a progress bar."""
+        """Yield this process's share of a list of batches, under a progress bar; then update the
+        average. Raises UserError if there is no batch, or if the weights are not finite at the end.
+        """
         world = distributed.get_world_size() if distributed.is_initialized() else 1
         if world > 1:  # each takes every world-th batch and draws other random numbers
             rank = distributed.get_rank()
@@ -374,7 +383,9 @@ class Run:
             raise UserError(f"the weights of epoch {self.epoch} are not finite; try a lower --lr")
 
     def rate(self):
-        """The next step's rate: up to 12/13 of --lr in a thirteenth of --descent, then down."""
+        """The next step's rate: it rises to 12/13 of --lr in a thirteenth of --descent, where the
+        lines 12 done and 1 - done meet, and falls to a twentieth.
+        """
         if not self.args.descent:
             return self.args.lr
         descent = min(self.args.descent, self.args.epochs * self.steps_in_epoch)

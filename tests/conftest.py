@@ -2,14 +2,18 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
 ROOT = Path(__file__).parent.parent
+NAMES = {"rnn": "RNN", "gru": "GRU", "lstm": "LSTM", "bilstm": "Bi-LSTM"}
 sys.path.insert(0, str(ROOT))
 for name in ("HTTPS_PROXY", "HTTP_PROXY", "http_proxy", "RNN_DATA_DIR"):
     os.environ.pop(name, None)
@@ -21,14 +25,92 @@ def read_json(path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def history(folder):
-    return pd.read_csv(folder / "history.csv").drop(columns="seconds")
+def history(run):
+    return pd.read_csv(run / "history.csv").drop(columns="seconds")
 
 
-def outcome(folder):
+def outcome(run):
     """What a run found, without what differs between machines and starts."""
-    metrics = read_json(folder / "metrics.json") | {"argv": None, "seconds_per_epoch": None}
-    return metrics, history(folder).to_csv(), (folder / "predictions.csv").read_bytes()
+    metrics = read_json(run / "metrics.json") | {"argv": None, "seconds_per_epoch": None}
+    return metrics, history(run).to_csv(), (run / "predictions.csv").read_bytes()
+
+
+def run_main(script, *arguments, pictures=()):
+    """Call a script's main() with these arguments; pictures: the folders that get theirs."""
+    import plots
+
+    def only_there(draw):
+        return lambda path, *rest: draw(path, *rest) if path.parent.name in pictures else None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [script.__file__, *map(str, arguments)])
+        for name in filter(lambda name: name.startswith("draw_"), dir(plots)):
+            patch.setattr(plots, name, only_there(getattr(plots, name)))
+        script.main()
+
+
+# --- what both scripts keep ---------------------------------------------------------------------
+
+
+def assert_loops_agree(script, options, folder):
+    """The plain loops and the fast ones train the same network."""
+    for loops in ("plain", "fast"):
+        run_main(script, *options, "--loops", loops, "--out", folder / loops)
+    plain, fast = (history(next(folder.glob(f"{loops}/t*_*"))) for loops in ("plain", "fast"))
+    assert len(plain) == 1 and np.allclose(plain, fast, rtol=0, atol=1e-4)
+
+
+def assert_a_resumed_run_repeats(script, options, folder):
+    """A run of four epochs that is stopped in its third and resumed is the run left alone."""
+    import training
+
+    run_main(script, *options, "--out", folder / "alone")
+    step = training.Run.step
+
+    def interrupted(self, loss):
+        if (self.epoch, self.step_in_epoch) == (3, 1):
+            raise KeyboardInterrupt
+        step(self, loss)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training.Run, "step", interrupted)
+        run_main(script, *options, "--out", folder / "stopped")
+    alone, run = (next(folder.glob(f"{name}/t*_*")) for name in ("alone", "stopped"))
+    assert len(history(run)) == 2 and not (run / "metrics.json").exists()
+    run_main(script, *options, "--out", folder / "stopped", "--resume")
+    assert outcome(run) == outcome(alone)
+
+
+def assert_a_killed_run_repeats(script, options, folder, kills):
+    """A run that is killed at random instants and resumed each time is the run left alone."""
+    import training
+
+    code = f"import pathlib, sys, datasets, training, {script.__name__} as script;"
+    code += "datasets.DATA_DIR = pathlib.Path(sys.argv.pop(1)); training.run_script(script.main)"
+    command = [sys.executable, "-c", code, *map(str, [folder, *options]), "--resume", "--out"]
+    quiet = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    subprocess.run([*command, folder / "alone"], check=True, **quiet)
+    (alone,) = folder.glob("alone/t*_*")
+    expected, run = outcome(alone), folder / "killed" / alone.name
+    random.seed(0)
+    for _ in range(kills):
+        process = subprocess.Popen([*command, folder / "killed"], **quiet)
+        for line in process.stdout:
+            if b"parameters" in line:  # training begins
+                break
+        time.sleep(random.uniform(0, 0.4))
+        process.kill()
+        process.communicate()
+        for path in (*run.glob("last.pt"), *run.glob("best.pt")):
+            assert training.load_checkpoint(path, alone.name.split("_")[0])
+        if (run / "metrics.json").exists():  # it was finished: from the start again
+            assert outcome(run) == expected
+            (run / "last.pt").unlink()
+    subprocess.run([*command, folder / "killed"], check=True, **quiet)
+    assert outcome(run) == expected and not list(run.glob(".*.part"))
+
+
+# --- the fixtures -------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session", autouse=True)
