@@ -15,31 +15,19 @@ GUESS = [0, 0, 0, 1, 1, 1, 0, 0, 0, 1]
 MATRIX = np.array([[3, 1, 0, 0], [1, 2, 0, 0], [2, 1, 0, 0], [0, 0, 0, 0]])
 
 
-def test_confusion_matrix_by_hand():
+def test_confusion_matrix_and_accuracy_by_hand():
     matrix = confusion_matrix(TRUTH, GUESS, 4)
     assert matrix.dtype == np.int64
     assert np.array_equal(matrix, MATRIX)
+    assert accuracy(matrix) == 0.5  # (3 + 2) / 10
 
 
-def test_small_integer_types_do_not_overflow():
-    labels = np.full(3, 15, np.uint8)  # 15 * 16 + 15 = 255 fits, 20 * 21 + 20 = 440 does not
-    assert confusion_matrix(labels, labels, 16)[15, 15] == 3
-    assert confusion_matrix(labels + 5, labels + 5, 21)[20, 20] == 3
-
-
-def test_accuracy_by_hand():
-    assert accuracy(MATRIX) == 0.5  # (3 + 2) / 10
-
-
-def test_scores_of_each_class_by_hand():
+def test_scores_and_their_averages_by_hand():
     precision, recall, f1 = precision_recall_f1(MATRIX)
     assert precision == pytest.approx([3 / 6, 2 / 4, 0, 0])
     assert recall == pytest.approx([3 / 4, 2 / 3, 0, 0])
     # Class 0: 2 * 1/2 * 3/4 / (5/4) = 3/5; class 1: 2 * 1/2 * 2/3 / (7/6) = 4/7
     assert f1 == pytest.approx([3 / 5, 4 / 7, 0, 0])
-
-
-def test_averages_by_hand():
     assert precision_recall_f1(MATRIX, "macro") == pytest.approx(
         [(1 / 2 + 1 / 2) / 4, (3 / 4 + 2 / 3) / 4, (3 / 5 + 4 / 7) / 4]
     )
@@ -47,18 +35,6 @@ def test_averages_by_hand():
     assert precision_recall_f1(MATRIX, "weighted") == pytest.approx(
         [0.4 / 2 + 0.3 / 2, 0.4 * 3 / 4 + 0.3 * 2 / 3, 0.4 * 3 / 5 + 0.3 * 4 / 7]
     )
-    assert all(isinstance(value, float) for value in precision_recall_f1(MATRIX, "macro"))
-
-
-def test_scores_do_not_depend_on_the_scale_of_the_matrix():
-    assert precision_recall_f1(MATRIX / 10)[2] == pytest.approx(precision_recall_f1(MATRIX)[2])
-
-
-def test_perfect_predictions_score_one():
-    matrix = confusion_matrix([0, 1, 2], [0, 1, 2], 3)
-    assert accuracy(matrix) == 1.0
-    for average in ("macro", "weighted"):
-        assert precision_recall_f1(matrix, average) == (1.0, 1.0, 1.0)
 
 
 def test_errors_by_hand():
@@ -68,24 +44,19 @@ def test_errors_by_hand():
     assert rmse(truth, forecast) == pytest.approx(np.sqrt(46 / 4))
 
 
-def test_errors_of_unsigned_integers_do_not_wrap():
+def test_small_integer_types_do_not_overflow():
+    labels = np.full(3, 20, np.uint8)  # 20 * 21 + 20 = 440 does not fit
+    assert confusion_matrix(labels, labels, 21)[20, 20] == 3
     assert mean_error(np.array([1, 2], np.uint8), np.array([2, 4], np.uint8)) == 1.5
 
 
 @pytest.mark.parametrize("measure", [mean_error, median_error, rmse])
 @pytest.mark.parametrize(
     ("truth", "forecast"),
-    [
-        ([], []),
-        ([1.0], [1.0, 2.0]),
-        ([[1.0, 2.0]], [[1.0], [2.0]]),
-        ([np.nan], [1.0]),
-        ([1.0], [np.inf]),
-        (["a"], ["b"]),
-    ],
+    [([], []), ([[1.0, 2.0]], [[1.0], [2.0]]), ([np.nan], [1.0]), ([1.0], [np.inf])],
 )
 def test_unfit_errors_are_refused(measure, truth, forecast):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"y_true|y_pred"):
         measure(truth, forecast)
 
 
@@ -100,22 +71,15 @@ def test_unfit_labels_are_refused(truth, guess):
 @pytest.mark.parametrize("wrong", [-1, 4])
 def test_labels_outside_the_classes_are_refused(wrong):
     # Unrefused, truth 1 and guess -1 would count as 0 and 3, truth 0 and guess 4 as 1 and 0.
-    for truth, guess in ([1, 0], [wrong, 0]), ([0, wrong], [1, 1]), ([0, 0], [0, wrong]):
+    for truth, guess in ([1, 0], [wrong, 0]), ([0, wrong], [1, 1]):
         with pytest.raises(ValueError, match=r"0\.\.3"):
             confusion_matrix(truth, guess, 4)
 
 
-@pytest.mark.parametrize(
-    "matrix",
-    [np.zeros((2, 2)), np.ones((2, 3)), np.ones(4), [[1, -1], [0, 1]], [[np.nan, 1], [1, 1]]],
-)
-def test_unfit_matrices_are_refused(matrix):
-    with pytest.raises(ValueError):
-        accuracy(matrix)
-    with pytest.raises(ValueError):
-        precision_recall_f1(matrix)
-
-
-def test_unknown_average_is_refused():
+@pytest.mark.parametrize("matrix", [np.zeros((2, 2)), np.ones((2, 3)), [[1, -1], [0, 1]]])
+def test_unfit_matrices_and_averages_are_refused(matrix):
+    for unfit in (lambda: accuracy(matrix), lambda: precision_recall_f1(matrix)):
+        with pytest.raises(ValueError, match="confusion matrix"):
+            unfit()
     with pytest.raises(ValueError, match="micro"):
         precision_recall_f1(MATRIX, "micro")

@@ -10,8 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 from rnn_models import (
@@ -38,27 +36,24 @@ LENGTHS = torch.tensor([7, 1, 4, 6, 2])
 all_cells = pytest.mark.parametrize("cell", CELLS)
 both_loops = pytest.mark.parametrize("loops", ["fast", "plain"])
 
-# --- shapes -------------------------------------------------------------------------------------
+
+def test_outputs_are_T_B_Q_and_the_state_keeps_its_form():
+    H = (B, h)
+    state_shapes = {"rnn": (H,), "gru": (H,), "lstm": (H, H), "bi_lstm": ((H, H), (H, H))}
+    for cell, function in CELLS.items():
+        first = init_state(cell, B, h)
+        outputs, last = function(torch.randn(T, B, D), first, init_params(cell, D, h, Q))
+        assert outputs.shape == (T, B, Q)
+        assert shapes(first) == shapes(last) == state_shapes[cell]
+        assert not any(tensor.any() for tensor in flatten(first))
 
 
-@pytest.mark.parametrize(
-    ("cell", "state_shapes"),
-    [
-        ("rnn", ((B, h),)),
-        ("gru", ((B, h),)),
-        ("lstm", ((B, h), (B, h))),
-        ("bi_lstm", (((B, h), (B, h)), ((B, h), (B, h)))),
-    ],
-)
-def test_outputs_are_T_B_Q_and_the_state_keeps_its_form(cell, state_shapes):
-    def shapes(state):
-        return tuple(shapes(H) if isinstance(H, tuple) else tuple(H.shape) for H in state)
+def shapes(state):
+    return tuple(shapes(part) if isinstance(part, tuple) else tuple(part.shape) for part in state)
 
-    first = init_state(cell, B, h)
-    assert not any(H.any() for H in flatten(first))
-    outputs, last = CELLS[cell](torch.randn(T, B, D), first, init_params(cell, D, h, Q))
-    assert outputs.shape == (T, B, Q)
-    assert shapes(first) == shapes(last) == state_shapes
+
+def flatten(state):
+    return [tensor for part in state for tensor in (part if isinstance(part, tuple) else (part,))]
 
 
 # --- two steps by hand --------------------------------------------------------------------------
@@ -88,7 +83,6 @@ def test_rnn_by_hand():
     H2 = math.tanh(0.5 * -2 + 0.4 * H1 + 0.1)  # tanh(-0.63439) = -0.56106
     outputs, (H,) = rnn(X, (number(0.5),), scalars((0.5, 0.4, 0.1)))
     assert outputs.flatten().tolist() == pytest.approx([2 * H1 - 1, 2 * H2 - 1])
-    assert outputs.flatten().tolist() == pytest.approx([0.32807, -2.12213], abs=1e-5)
     assert H.item() == pytest.approx(-0.56106, abs=1e-5)
 
 
@@ -104,7 +98,6 @@ def test_gru_by_hand():
     params = scalars((0.6, -0.4, 0.2), (-0.5, 0.8, 0.3), (0.7, 0.9, -0.1))
     outputs, (H,) = gru(X, (number(0.5),), params)
     assert outputs.flatten().tolist() == pytest.approx([2 * H1 - 1, 2 * H2 - 1])
-    assert outputs.flatten().tolist() == pytest.approx([0.13445, -1.96071], abs=1e-5)
     assert H.item() == pytest.approx(-0.48035, abs=1e-5)
 
 
@@ -153,7 +146,7 @@ def test_bi_lstm_by_hand():
 # --- against torch's own layers -----------------------------------------------------------------
 
 
-def random_case(cell, T=T, B=B):
+def random_case(cell):
     """Inputs, a state and parameters other than zero, all float64 leaves with gradients."""
     torch.manual_seed(0)
 
@@ -166,13 +159,8 @@ def random_case(cell, T=T, B=B):
     return leaf(T, B, D), states[cell], params
 
 
-def flatten(state):
-    return [tensor for part in state for tensor in (part if isinstance(part, tuple) else (part,))]
-
-
 def assert_close(ours, theirs, tolerance=1e-10):
-    for a, b in zip(ours, theirs, strict=True):
-        assert a.shape == b.shape and torch.allclose(a, b, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(list(ours), list(theirs), rtol=tolerance, atol=tolerance)
 
 
 def torch_layer(cell, inputs, state, params):
@@ -209,7 +197,7 @@ def test_values_states_and_gradients_are_those_of_torchs_layer(cell):
     assert_close(*gradients)
 
 
-def test_gru_is_the_numpy_rederivation_and_its_gradients_are_finite_differences():
+def test_gru_is_the_numpy_rederivation():
     inputs, state, params = random_case("gru")
     outputs, (last,) = gru(inputs, state, params)
     arrays = [param.detach().numpy() for param in params]
@@ -223,9 +211,6 @@ def test_gru_is_the_numpy_rederivation_and_its_gradients_are_finite_differences(
         assert np.allclose(Y, H @ W_hq + b_q, rtol=0, atol=1e-12)
     assert np.allclose(last.detach().numpy(), H, rtol=0, atol=1e-12)
 
-    inputs, state, params = random_case("gru", T=2, B=2)
-    assert torch.autograd.gradcheck(lambda X, H, *p: gru(X, (H,), p)[0], (inputs, *state, *params))
-
 
 def test_gru_is_not_torchs_gru_unless_W_hh_is_diagonal():
     # The lecture's (R * H) W_hh is torch's R * (H W_hh) only if W_hh mixes no units.
@@ -237,20 +222,15 @@ def test_gru_is_not_torchs_gru_unless_W_hh_is_diagonal():
         assert torch.allclose(outputs, outputs_torch, atol=1e-10 if equal else 0.1) == equal
 
 
-def test_no_script_uses_torchs_recurrent_layers_or_scikit_learn():
-    layers = r"(torch\.)?nn\.(modules\.rnn\.)?(RNN|GRU|LSTM)\w*"
-    functions = r"(.*\.)?(torch|_VF|aten)\.(lstm|gru|rnn_|_thnn|mkldnn_rnn)\w*"
-    forbidden = re.compile(rf"{layers}|{functions}|sklearn.*")
+def test_only_the_benchmark_uses_torchs_recurrent_layers_and_nothing_scikit_learn():
+    layers = r"\bnn\.(modules\.rnn\.)?(RNN|GRU|LSTM)|from torch.*(RNN|GRU|LSTM|lstm|gru|rnn_)"
+    functions = r"\b(torch|_VF|aten)\.(lstm|gru|rnn_|_thnn|mkldnn_rnn)"
+    forbidden = re.compile(rf"{layers}|{functions}|\bsklearn")
     for path in Path(__file__).parent.parent.glob("*.py"):
-        used = []
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Attribute):
-                used.append(ast.unparse(node))
-            elif isinstance(node, ast.Import | ast.ImportFrom):
-                module = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
-                used += [module + alias.name for alias in node.names]
-        # bench.py measures torch's layers beside ours.
-        assert bool(list(filter(forbidden.fullmatch, used))) == (path.name == "bench.py"), path
+        nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))  # leaves the comments out
+        kinds = ast.Attribute | ast.Import | ast.ImportFrom
+        used = [ast.unparse(node) for node in nodes if isinstance(node, kinds)]
+        assert any(map(forbidden.search, used)) == (path.name == "bench.py"), path
 
 
 # --- properties of the cells --------------------------------------------------------------------
@@ -265,15 +245,6 @@ def test_a_sequence_in_two_pieces_gives_what_the_whole_gives(cell):
     assert_close([torch.cat([first, second]), *end], [outputs, *last])
 
 
-def test_bi_lstm_in_two_pieces_hands_the_backward_state_from_the_second_to_the_first():
-    inputs, (forward, backward), params = random_case("bi_lstm")
-    outputs, last = bi_lstm(inputs, (forward, backward), params)
-    _, (_, middle_b) = bi_lstm(inputs[3:], (forward, backward), params)
-    first, (middle, end_b) = bi_lstm(inputs[:3], (forward, middle_b), params)
-    second, (end, _) = bi_lstm(inputs[3:], (middle, backward), params)
-    assert_close([torch.cat([first, second]), *end, *end_b], [outputs, *flatten(last)])
-
-
 def test_bi_lstm_with_lengths_gives_each_sequence_the_outputs_that_it_gets_alone():
     inputs, state, params = random_case("bi_lstm")
     outputs, _ = bi_lstm(inputs, state, params, LENGTHS)
@@ -283,30 +254,13 @@ def test_bi_lstm_with_lengths_gives_each_sequence_the_outputs_that_it_gets_alone
         assert_close([outputs[:n, i : i + 1]], [alone])
 
 
-@given(st.data())
-@settings(deadline=None, max_examples=30)
-def test_reverse_turns_each_sequence_leaves_its_padding_and_is_its_own_inverse(data):
-    lengths = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=5))
-    sequences = torch.randn(max(lengths) + data.draw(st.integers(0, 2)), len(lengths), D)
-    reversed_ = reverse(sequences, torch.tensor(lengths))
-    assert torch.equal(reverse(reversed_, torch.tensor(lengths)), sequences)
-    assert torch.equal(reverse(sequences), torch.stack(list(sequences)[::-1]))
-    for i, n in enumerate(lengths):
-        assert torch.equal(reversed_[:n, i], sequences[:n, i].flip(0))
-        assert torch.equal(reversed_[n:, i], sequences[n:, i])
+def test_reverse_turns_the_first_steps_of_each_sequence_and_leaves_its_padding():
+    sequences = torch.tensor([[1, 5], [2, 6], [3, 7], [4, 8]])[:, :, None]  # 1 2 3 4 and 5 6 7 8
+    turned = reverse(sequences, torch.tensor([3, 1]))[:, :, 0]
+    assert turned.t().tolist() == [[3, 2, 1, 4], [5, 6, 7, 8]]
 
 
-@all_cells
-def test_inputs_without_a_step_raise_ValueError(cell):
-    inputs, state, params = random_case(cell)
-    with pytest.raises(ValueError, match="step"):
-        CELLS[cell](inputs[:0], state, params)
-    for loops in ("fast", "plain"):
-        with pytest.raises(ValueError, match="step"):
-            Recurrence(cell, D, h, Q, loops)(torch.zeros(0, B, D))
-
-
-# --- parameters, states, clipping ---------------------------------------------------------------
+# --- parameters and clipping --------------------------------------------------------------------
 
 LSTM_NAMES = "W_xi W_hi b_i W_xf W_hf b_f W_xo W_ho b_o W_xc W_hc b_c"
 NAMES = {
@@ -321,85 +275,60 @@ NAMES = {
 def test_names_order_and_values_of_the_first_parameters(cell):
     torch.manual_seed(1)
     params = init_params(cell, 50, 16, 40)
-    assert " ".join(param_names(cell)) == NAMES[cell]
     for name, param in zip(NAMES[cell].split(), params, strict=True):
-        assert param.is_leaf and param.requires_grad and param.dtype == torch.float32
+        assert param.is_leaf and param.requires_grad
         if name.startswith("W_x") or name == "W_hq":  # uniform in +-1/sqrt(16), mean 0
             rows = 32 if cell == "bi_lstm" else 16
             assert param.shape == ((rows, 40) if name == "W_hq" else (50, 16))
             assert -0.25 <= param.min() < -0.24 and 0.24 < param.max() <= 0.25
             assert abs(param.mean().item()) < 0.02
-            assert param.std().item() == pytest.approx(0.25 / 3**0.5, rel=0.05)
         elif name.startswith("W_h"):  # orthogonal
             assert torch.allclose(param @ param.t(), torch.eye(16), atol=1e-5)
         else:
             value = 1.0 if name in ("b_f", "b_f_b") else 0.0
             assert torch.equal(param, torch.full((40 if name == "b_q" else 16,), value))
-
-
-@all_cells
-def test_the_same_seed_gives_the_same_parameters_and_each_is_drawn_anew(cell):
+    drawn = [param.flatten()[0].item() for param in params if param.ndim == 2]
+    assert len(set(drawn)) == len(drawn)  # no weight is the copy of another
     torch.manual_seed(1)
-    first = init_params(cell, D, h, Q)
-    torch.manual_seed(1)
-    again, other = init_params(cell, D, h, Q), init_params(cell, D, h, Q)
-    assert_close(again, first, 0)
-    drawn = [p.flatten()[0].item() for p in (*first, *other) if p.ndim == 2]
-    assert len(set(drawn)) == len(drawn)
+    assert_close(init_params(cell, 50, 16, 40), params, tolerance=0)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: param_names("cnn"), "rnn, gru, lstm, bi_lstm, not 'cnn'"),
-        (lambda: init_params("", 1, 1, 1), "rnn, gru, lstm, bi_lstm"),
+        (lambda: Recurrence("cnn", 1, 1, 1), "rnn, gru, lstm, bi_lstm, not 'cnn'"),
         (lambda: init_state("LSTM", 1, 1), "rnn, gru, lstm, bi_lstm"),
-        (lambda: Recurrence("cnn", 1, 1, 1), "rnn, gru, lstm, bi_lstm"),
+        (lambda: init_params("rnn", 1, 0, 1), "at least 1"),
         (lambda: Recurrence("rnn", 1, 1, 1, loops="slow"), "fast, plain, not 'slow'"),
-        (lambda: TextClassifier("cnn", [2], 1, 1, 1), "rnn, gru, lstm, bi_lstm"),
         (lambda: TextClassifier("rnn", [2], 1, 1, 1, pool="sum"), "last, mean, max, not 'sum'"),
-        (lambda: TextClassifier("rnn", [2], 1, 1, 1, loops="slow"), "fast, plain"),
-        (lambda: Forecaster("cnn", 5, 1, 1, 1), "rnn, gru, lstm, bi_lstm"),
-        (lambda: Forecaster("rnn", 5, 1, 1, 1, loops="slow"), "fast, plain"),
         (lambda: pool_states(torch.ones(1, 1, 1), torch.ones(1).long(), "sum"), "last, mean, max"),
-        *[(lambda sizes=sizes: init_params("rnn", *sizes), "at least 1")
-          for sizes in [(0, 1, 1), (1, 0, 1), (1, 1, 0)]],
-        *[(lambda theta=theta: grad_clipping([], theta), "above 0") for theta in (0, -1, math.nan)],
+        (lambda: Recurrence("gru", D, h, Q)(torch.zeros(0, B, D)), "step"),
+        (lambda: Recurrence("lstm", D, h, Q, "plain")(torch.zeros(0, B, D)), "step"),
+        (lambda: grad_clipping([], math.nan), "above 0"),
     ],
-)  # fmt: skip
-def test_wrong_names_and_sizes_raise_ValueError(call, message):
+)
+def test_wrong_names_sizes_and_inputs_without_a_step_raise_ValueError(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 
 
-@pytest.mark.parametrize("theta", [0.5, 6.5, 12.9, 13.1, 100.0])
+@pytest.mark.parametrize("theta", [0.5, 12.9, 13.1])
 def test_grad_clipping_is_torchs_and_returns_the_norm(theta):
-    def parameters():  # the gradients' joint norm is 13; one has none
-        params = [torch.zeros(n, requires_grad=True) for n in (1, 2, 1, 1)]
-        for param, grad in zip(params, ([3.0], [0.0, -4.0], None, [12.0]), strict=True):
-            param.grad = grad and torch.tensor(grad)
-        return params
-
-    ours, theirs = parameters(), parameters()
+    ours = [torch.zeros(n, requires_grad=True) for n in (1, 2, 1, 1)]
+    for param, grad in zip(ours, ([3.0], [0.0, -4.0], None, [12.0]), strict=True):
+        param.grad = grad and torch.tensor(grad)  # the joint norm is 13
+    theirs = copy.deepcopy(ours)
     assert grad_clipping(ours, theta).item() == pytest.approx(13.0)
     nn.utils.clip_grad_norm_(theirs, theta)
     ours, theirs = ([p.grad for p in params if p.grad is not None] for params in (ours, theirs))
     assert_close(ours, theirs, tolerance=1e-5)
-    if theta > 13:
-        assert [grad.tolist() for grad in ours] == [[3.0], [0.0, -4.0], [12.0]]
-
-
-def test_grad_clipping_of_nothing_is_zero():
-    param = torch.zeros(2, requires_grad=True)
-    assert grad_clipping([param], 1.0).item() == 0.0
-    param.grad = torch.zeros(2)
-    assert grad_clipping([param], 1.0).item() == 0.0 and param.grad.tolist() == [0.0, 0.0]
+    assert grad_clipping([torch.zeros(2, requires_grad=True)], theta).item() == 0.0
 
 
 # --- Recurrence ---------------------------------------------------------------------------------
 
 
-def random_recurrence(cell, loops):
+def random_recurrence(cell, loops="fast"):
     """In float64, with biases other than zero; the same numbers for both loops."""
     torch.manual_seed(2)
     recurrence = Recurrence(cell, D, h, Q, loops).double()
@@ -409,77 +338,49 @@ def random_recurrence(cell, loops):
 
 
 @all_cells
-def test_both_loops_are_the_cell_from_the_zero_state_and_have_its_gradients(cell):
-    results = []
-    for loops in ("fast", "plain"):
-        recurrence, inputs = random_recurrence(cell, loops)
-        leaves = [inputs, *recurrence.params]
-        states = recurrence(inputs, LENGTHS)
-        assert states.shape == (T, B, 2 * h if cell == "bi_lstm" else h)
-        outputs = recurrence.output(states)
-        results.append([outputs, *torch.autograd.grad(outputs.square().sum(), leaves)])
-    state = init_state(cell, B, h, dtype=torch.float64)
-    arguments = [LENGTHS] if cell == "bi_lstm" else []
-    outputs, _ = CELLS[cell](inputs, state, recurrence.params, *arguments)
-    expected = [outputs, *torch.autograd.grad(outputs.square().sum(), leaves)]
-    assert_close(results[0], expected)
-    assert_close(results[1], expected)
-
-
-@all_cells
-def test_a_recurrence_registers_its_parameters_under_their_names_in_order(cell):
-    recurrence, _ = random_recurrence(cell, "fast")
+@both_loops
+def test_a_recurrence_is_the_cell_from_the_zero_state_and_has_its_gradients(cell, loops):
+    recurrence, inputs = random_recurrence(cell, loops)
     names, params = zip(*recurrence.named_parameters(), strict=True)
     assert " ".join(names) == NAMES[cell]
-    assert all(a is b for a, b in zip(recurrence.params, params, strict=True))
-    directions = recurrence.directions()
-    assert len(directions) == (2 if cell == "bi_lstm" else 1)
-    assert len(directions[0]) == len(directions[-1])
-    in_turn = [param for direction in directions for param in direction]
+    in_turn = [param for direction in recurrence.directions() for param in direction]
     assert all(a is b for a, b in zip(in_turn, params[:-2], strict=True))
-
-
-@all_cells
-def test_only_the_plain_loops_can_be_differentiated_twice(cell):
-    for loops in ("plain", "fast"):
-        recurrence, inputs = random_recurrence(cell, loops)
-        loss = recurrence(inputs).square().sum()
-        (gradient,) = torch.autograd.grad(loss, inputs, create_graph=True)
-        if loops == "plain":
-            gradient.sum().backward()
-        else:
-            with pytest.raises(RuntimeError, match="twice"):
-                gradient.sum().backward()
-
-
-@pytest.mark.parametrize(
-    ("survived", "cell", "loops"),
-    [
-        *[(copy.deepcopy, cell, loops) for cell in CELLS for loops in ("fast", "plain")],
-        *[(lambda r: pickle.loads(pickle.dumps(r)), cell, "fast") for cell in CELLS],
-        *[(lambda r: torch.compile(r, backend="eager"), cell, "fast") for cell in ("gru", "lstm")],
-    ],
-)
-def test_a_recurrence_survives_copying_pickling_and_compiling(survived, cell, loops):
-    recurrence, inputs = random_recurrence(cell, loops)
-    inputs, lengths, results = inputs[:2, :2], torch.tensor([2, 1]), []
-    recurrence(inputs, lengths)  # it has run before
-    for module in (recurrence, survived(recurrence)):
-        states = module(inputs, lengths)
-        gradients = torch.autograd.grad(states.square().sum(), module.params[:-2])
-        results.append([states, *gradients])
+    states = recurrence(inputs, LENGTHS)
+    assert states.shape == (T, B, 2 * h if cell == "bi_lstm" else h)
+    state = init_state(cell, B, h, dtype=torch.float64)
+    lengths = [LENGTHS] if cell == "bi_lstm" else []
+    results = []
+    for outputs in (recurrence.output(states), CELLS[cell](inputs, state, params, *lengths)[0]):
+        gradients = torch.autograd.grad(outputs.square().sum(), [inputs, *params])
+        results.append([outputs, *gradients])
     assert_close(*results)
 
 
 @all_cells
+def test_a_recurrence_survives_copying_pickling_and_compiling(cell):
+    recurrence, inputs = random_recurrence(cell)
+    recurrence(inputs, LENGTHS)  # it has run before
+    pickled = pickle.loads(pickle.dumps(recurrence))
+    compiled = torch.compile(recurrence, backend="eager")
+    results = []
+    for module in (recurrence, copy.deepcopy(recurrence), pickled, compiled):
+        states = module(inputs[:2], LENGTHS.clamp(max=2))
+        gradients = torch.autograd.grad(states.square().sum(), module.params[:-2])
+        results.append([states, *gradients])
+    for result in results[1:]:
+        assert_close(result, results[0])
+
+
+@all_cells
 @both_loops
-def test_a_recurrence_trains_under_autocast_to_bfloat16(cell, loops):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_recurrence_trains_under_autocast_to_bfloat16(cell, loops, dtype):
     torch.manual_seed(3)
-    recurrence, inputs = Recurrence(cell, D, h, Q, loops), torch.randn(3, B, D)
+    recurrence, inputs = Recurrence(cell, D, h, Q, loops), torch.randn(3, B, D).to(dtype)
     results = []
     for enabled in (True, False):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-            states = recurrence(inputs)
+            states = recurrence(inputs if enabled else inputs.float())
         gradients = torch.autograd.grad(states.sum(), recurrence.params[:-2])
         results.append([states.float(), *(gradient / B for gradient in gradients)])
     assert_close(*results, tolerance=0.05)
@@ -488,34 +389,32 @@ def test_a_recurrence_trains_under_autocast_to_bfloat16(cell, loops):
 @all_cells
 @both_loops
 def test_an_empty_batch_gives_empty_results(cell, loops):
-    inputs, no_lengths = torch.zeros(T, 0, D), torch.zeros(0, dtype=torch.long)
-    outputs, last = CELLS[cell](inputs, init_state(cell, 0, h), init_params(cell, D, h, Q))
-    assert outputs.shape == (T, 0, Q) and {tuple(H.shape) for H in flatten(last)} == {(0, h)}
-    recurrence = Recurrence(cell, D, h, Q, loops)
-    states = recurrence(inputs, no_lengths)
-    assert states.shape == (T, 0, 2 * h if cell == "bi_lstm" else h)
-    states.sum().backward()
-    assert not any(param.grad.any() for param in recurrence.params[:-2])
+    no_lengths = torch.zeros(0, dtype=torch.long)
+    for units in (h, 256):  # wide products take another way
+        recurrence = Recurrence(cell, units, units, Q, loops)
+        states = recurrence(torch.zeros(2, 0, units), no_lengths)
+        assert states.shape == (2, 0, 2 * units if cell == "bi_lstm" else units)
+        states.sum().backward()
+        assert not any(param.grad.any() for param in recurrence.params[:-2])
     for pool in POOLS:
         model = TextClassifier(cell, [9, 9], D, h, Q, pool, loops=loops)
         assert model(torch.zeros(T, 0, 2, dtype=torch.long), no_lengths).shape == (0, Q)
-    assert Forecaster(cell, D, h, T, Q, loops=loops)(inputs).shape == (0, Q)
+    assert Forecaster(cell, D, h, T, Q, loops=loops)(torch.zeros(T, 0, D)).shape == (0, Q)
 
 
 # --- pooling, TextClassifier --------------------------------------------------------------------
 
 
-@given(st.lists(st.integers(1, 6), min_size=1, max_size=5), st.booleans())
-@settings(deadline=None, max_examples=30)
-def test_pooling_is_a_slow_loop_over_the_texts(lengths, bidirectional):
-    states = torch.randn(6, len(lengths), 4)
-    for pool in POOLS:
-        found = pool_states(states, torch.tensor(lengths), pool, *[True] * bidirectional)
-        for i, n in enumerate(lengths):
-            text = states[:n, i]
-            last = torch.cat([text[-1, :2], text[0 if bidirectional else -1, 2:]])
-            slow = {"last": last, "mean": sum(text) / n, "max": torch.stack(list(text)).max(0)[0]}
-            assert torch.allclose(found[i], slow[pool], atol=1e-6)
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_pooling_is_a_slow_loop_over_the_texts(bidirectional):
+    states = torch.randn(T, B, 4)
+    for i, n in enumerate(LENGTHS.tolist()):
+        text = states[:n, i]
+        last = torch.cat([text[-1, :2], text[0 if bidirectional else -1, 2:]])
+        slow = {"last": last, "mean": sum(text) / n, "max": torch.stack(list(text)).max(0)[0]}
+        for pool, expected in slow.items():
+            found = pool_states(states, LENGTHS, pool, bidirectional)[i]
+            assert torch.allclose(found, expected, atol=1e-6)
 
 
 @all_cells
@@ -527,27 +426,23 @@ def test_a_texts_logits_do_not_depend_on_what_it_is_batched_with(cell, pool, loo
     texts = [torch.randint(0, 9, (n, 1, 2)) for n in LENGTHS.tolist()]
     alone = torch.cat([model(text, torch.tensor([len(text)])) for text in texts])
     assert alone.shape == (5, 4) and alone.std(dim=0).min() > 0.01
-    for extra in (0, 3):
-        tokens = torch.randint(0, 9, (T + extra, 5, 2))  # random padding
-        for i, text in enumerate(texts):
-            tokens[: len(text), i] = text[:, 0]
-        assert_close([model(tokens, LENGTHS)], [alone])
-        assert_close([model(tokens[:, [4, 0]], LENGTHS[[4, 0]])], [alone[[4, 0]]])
+    tokens = torch.randint(0, 9, (T + 3, 5, 2))  # random padding
+    for i, text in enumerate(texts):
+        tokens[: len(text), i] = text[:, 0]
+    assert_close([model(tokens, LENGTHS)], [alone])
+    assert_close([model(tokens[:T, [4, 0]], LENGTHS[[4, 0]])], [alone[[4, 0]]])
     alone.square().sum().backward()
     assert all(param.grad.any() for param in model.parameters())
 
 
 def test_the_embeddings_of_a_tokens_aspects_are_added_and_their_sum_has_variance_1():
     torch.manual_seed(5)
-    model = TextClassifier("rnn", [400, 300, 200], 64, 2, 2).eval()
-    tokens = torch.stack([torch.randint(0, n, (T, B)) for n in (400, 300, 200)], dim=2)
-    first, second, third = (embedding.weight for embedding in model.embeddings)
-    expected = first[tokens[..., 0]] + second[tokens[..., 1]] + third[tokens[..., 2]]
-    assert torch.allclose(model.embed(tokens), expected)
-    for table in (first, second, third):
-        assert table.var().item() == pytest.approx(1 / 3, rel=0.05)
-    with pytest.raises(ValueError):
-        model.embed(tokens[..., :2])
+    model = TextClassifier("rnn", [400, 300], 64, 2, 2).eval()
+    tokens = torch.stack([torch.randint(0, n, (T, B)) for n in (400, 300)], dim=2)
+    first, second = (embedding.weight for embedding in model.embeddings)
+    assert torch.allclose(model.embed(tokens), first[tokens[..., 0]] + second[tokens[..., 1]])
+    assert first.var().item() == pytest.approx(1 / 2, rel=0.05)
+    assert second.var().item() == pytest.approx(1 / 2, rel=0.05)
 
 
 def assert_dropped_a_quarter(mask):
@@ -613,14 +508,6 @@ def test_the_last_state_of_torchs_layer_is_added_to_the_linear_forecast(cell, lo
     _, last = torch_layer(cell, inputs, init_state(cell, B, h, dtype=torch.float64), params)
     H = torch.cat(last[::2], dim=1)  # [H], or [H, H_b]
     assert_close([model(inputs)], [linear + (H @ W_hq + b_q)])
-
-
-@all_cells
-def test_a_forecaster_refuses_other_numbers_of_steps_than_the_known(cell):
-    model = Forecaster(cell, D, h, known=T, horizon=Q)
-    for steps in (T - 1, T + 1):
-        with pytest.raises((RuntimeError, ValueError)):
-            model(torch.randn(steps, B, D))
 
 
 def test_a_new_forecasters_biases_are_zero_the_forget_gates_too():
