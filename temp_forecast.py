@@ -549,14 +549,8 @@ def predict(args, device):
         print(f"{stamp:{STAMP}},{value:.2f},{low:.2f},{high:.2f}")
 
 
-def main():
-    """From arguments to results."""
-    args = parse_args()
-    device = training.pick_device(args.device)
-    if args.predict is not None:
-        return predict(args, device)
-    training.join_processes(device)
-    lock = training.hold_folder(args.out)
+def train_and_test(args, device):
+    """Train what --model names, test it, and compare all four."""
     frame, data = datasets.load(datasets.CLIMATE, args.data)
     weather = prepare(args, read_series(frame, data["path"], args.freq), data["path"])
     linear = fit_linear_models(weather)
@@ -570,7 +564,17 @@ def main():
             histories[name] = run.history
     if args.model == "all" and training.is_first():
         compare(args, results, histories)
-    del lock
+
+
+def main():
+    """From arguments to results."""
+    args = parse_args()
+    device = training.pick_device(args.device)
+    if args.predict is not None:
+        return predict(args, device)
+    training.join_processes(device)
+    with training.hold_folder(args.out):
+        train_and_test(args, device)
 
 
 if __name__ == "__main__":

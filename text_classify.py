@@ -458,14 +458,8 @@ def predict(args, device):
             print(labels[k], f"{p:.4f}", on_one_line(text), sep="\t")
 
 
-def main():
-    """From arguments to results."""
-    args = parse_args()
-    device = training.pick_device(args.device)
-    if args.predict is not None:
-        return predict(args, device)
-    training.join_processes(device)
-    lock = training.hold_folder(args.out)
+def train_and_test(args, device):
+    """Train what --model names, test it, and compare all four."""
     reviews = read_reviews(args)
     cuts = cached_words(reviews.texts, reviews.data["sha256"])
     train_cuts = [cuts[i] for i in reviews.split["train"].tolist()]
@@ -483,7 +477,17 @@ def main():
                 reach[name] = gradient_reach(run.model, corpus, reviews.split["validation"])
     if args.model == "all" and training.is_first():
         compare(args, reviews, results, reach)
-    del lock
+
+
+def main():
+    """From arguments to results."""
+    args = parse_args()
+    device = training.pick_device(args.device)
+    if args.predict is not None:
+        return predict(args, device)
+    training.join_processes(device)
+    with training.hold_folder(args.out):
+        train_and_test(args, device)
 
 
 if __name__ == "__main__":

@@ -191,12 +191,12 @@ RESULTS = ["metrics.json", "history.csv", "predictions.csv", "best.pt", "last.pt
 
 
 def hold_folder(folder):
-    """Keep other runs out of a folder until the file returned is closed or this process ends.
+    """Keep other runs out of a folder: `with hold_folder(folder): ...`, or to the process's end.
 
     Raises UserError if another process holds it or it cannot be written.
     """
     if not is_first():
-        return None
+        return contextlib.nullcontext()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "ab")  # noqa: SIM115 - held open on purpose
