@@ -375,7 +375,8 @@ class Run:
             raise UserError("an epoch has no batch; lower --batch-size or the number of processes")
         self.steps_in_epoch, self.step_in_epoch, start = len(batches), 0, time.perf_counter()
         quiet = None if is_first() else True  # None: quiet if stderr is no terminal
-        self.bar = tqdm(batches, f"epoch {self.epoch}", unit="step", disable=quiet, leave=False)
+        title = f"epoch {self.epoch}/{self.args.epochs}"
+        self.bar = tqdm(batches, title, unit="step", disable=quiet, leave=False)
         yield from self.bar
         self.averaged.update_parameters(self.model)
         self.seconds = time.perf_counter() - start
