@@ -234,16 +234,9 @@ def write_json(path, content):
 
 
 def write_csv(path, header, rows):
-    """Write a CSV file whole. Texts that a spreadsheet would run as formulas get an apostrophe."""
-
-    def safe(cell):
-        formula = isinstance(cell, str) and cell.lstrip().startswith(("=", "+", "-", "@"))
-        return "'" + cell if formula else cell
-
+    """Write a CSV file whole."""
     with whole_file(path, "w", encoding="utf-8", newline="", errors="replace") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(header)
-        writer.writerows([safe(cell) for cell in row] for row in rows)
+        csv.writer(stream).writerows([header, *rows])
 
 
 def markdown_table(header, rows):

@@ -275,14 +275,6 @@ def test_a_flipped_bit_in_a_checkpoint_changes_nothing_unseen(tmp_path):
             assert same(loaded, whole) and position not in range(first, first + 6400)
 
 
-def test_a_spreadsheet_runs_no_cell(tmp_path):
-    texts = ["=1+1", "+1", "-1", "@SUM(A1)", " =1", "\t=1", "\r=1", "好", "a=b", "1-1", ""]
-    training.write_csv(tmp_path / "x.csv", ["text", "number"], [(text, -1.5) for text in texts])
-    frame = pd.read_csv(tmp_path / "x.csv", keep_default_na=False)
-    assert frame["text"].tolist() == ["'" + text for text in texts[:7]] + texts[7:]
-    assert frame["number"].tolist() == [-1.5] * 11
-
-
 # --- options and device -------------------------------------------------------------------------
 
 
