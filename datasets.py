@@ -25,7 +25,6 @@ import torch
 import samples
 
 DATA_DIR = Path(__file__).parent / "data"  # downloads and caches; git ignores it
-MAX_BYTES = 2**30  # of a CSV: thirty times the largest file of the project
 TIMEOUT = 20  # seconds that a server may stay silent
 
 
@@ -201,20 +200,13 @@ def print_banner(dataset, reason):
 
 
 def read_bytes(path):
-    """The bytes of a regular file; UserError if it is missing, none, empty or too large."""
+    """The bytes of a regular file; UserError if it is missing, none, or cannot be read."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist or is no regular file; name a CSV or a zip")
     try:
-        if not path.is_file():
-            reason = "is no regular file" if path.exists() else "does not exist"
-            raise UserError(f"{path} {reason}; name a CSV, or a zip that holds one")
-        if path.stat().st_size > MAX_BYTES:
-            raise UserError(f"{path} has more than {MAX_BYTES:,} bytes; name a smaller file")
-        content = path.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a null character in the path
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot read {path}: {reason}; check the path") from error
-    if not content:
-        raise UserError(f"{path} is empty; name a file with data")
-    return content
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
 
 
 def unzip(content, path):
@@ -229,8 +221,6 @@ def unzip(content, path):
             files = [file for file in files if "__MACOSX" not in file.filename]
             if len(files) != 1:
                 raise UserError(f"{path} holds {len(files)} CSV files; unpack the right one")
-            if files[0].file_size > MAX_BYTES:
-                raise UserError(f"{path} unpacks to more than {MAX_BYTES:,} bytes")
             return archive.read(files[0])
     except UserError:
         raise
@@ -253,7 +243,7 @@ def parse_csv(content, path, options):
             return pd.read_csv(io.StringIO(text), index_col=False, **options)
     except (pd.errors.ParserError, pd.errors.ParserWarning, pd.errors.EmptyDataError) as error:
         reason = " ".join(str(error).split())
-        with contextlib.suppress(csv.Error, StopIteration):
+        with contextlib.suppress(csv.Error, StopIteration, ValueError):
             header, *rows = csv.reader(io.StringIO(text))
             row = next(i for i, fields in enumerate(rows, 1) if len(fields) > len(header))
             reason = f"row {row} has more fields than the header"
