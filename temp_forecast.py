@@ -12,7 +12,6 @@ difference from a smooth climatology of the training years, and corrects a linea
 
 import contextlib
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -188,6 +187,11 @@ class Weather:
         """The known steps (n, known) of windows that begin at starts (n,)."""
         return np.asarray(starts)[:, None] + np.arange(self.known)
 
+    def features(self, starts):
+        """All columns at all known steps, and 1, of windows that begin at starts (n,): (n, F)."""
+        X = self.inputs[self.past(starts), : len(self.columns)].reshape(len(starts), -1)
+        return np.c_[X, np.ones(len(X))].astype(float)
+
     def future(self, starts):
         """The steps to forecast (n, horizon) of windows that begin at starts (n,)."""
         return np.asarray(starts)[:, None] + np.arange(self.known, self.known + self.horizon)
@@ -269,31 +273,19 @@ def fit_ridge(features, targets, train, validation, penalties):
     return solve(*first, best), solve(*(a + b for a, b in zip(first, second, strict=True)), best)
 
 
-@dataclass
-class LinearModels:
-    """The linear forecasts of scaled anomalies: the network's linear part, and the baseline."""
-
-    W_xq: torch.Tensor  # (3 (known + 1), horizon), fitted to the training windows, for training
-    W_xq_all: torch.Tensor  # the same with the validation windows, for testing
-    baseline: Callable  # from window starts (n,) to (n, horizon)
-
-
 def fit_linear_models(weather):
-    """Fit the `LinearModels` of a series.
+    """The network's linear part, fitted twice, and the baseline's weights.
 
+    Returns W_xq (3 (known + 1), horizon), fitted to the training windows, for training; the same
+    with the validation windows, for testing; and W (known * C + 1, horizon) of the baseline.
     W_xq is ridge on the temperatures and changes with the season as far as a whole year of
-    validation bears it. The baseline is plain ridge on all columns that the network sees, fitted to
-    all training years.
+    validation bears it; the baseline is plain ridge on all columns, fitted to all training years.
     """
     known, C = weather.known, len(weather.columns)
 
     def seasonal(starts):
         inputs = torch.from_numpy(weather.inputs[weather.past(starts)]).transpose(0, 1).double()
         return Forecaster.linear_features(inputs).numpy()  # (n, 3 (known + 1))
-
-    def plain(starts):
-        X = weather.inputs[weather.past(starts), :C].reshape(len(starts), -1)
-        return np.c_[X, np.ones(len(X))].astype(float)  # (n, known * C + 1)
 
     def targets(starts):
         return weather.inputs[weather.future(starts), 0].astype(float)  # (n, horizon)
@@ -306,15 +298,15 @@ def fit_linear_models(weather):
         for p in PENALTIES for s in (SEASON if whole_year else SEASON[-1:])
     ]  # fmt: skip
     W_xq, W_xq_all = fit_ridge(seasonal, targets, *parts, by_season)
-    _, W = fit_ridge(plain, targets, *parts, [np.r_[[p] * (known * C), free] for p in PENALTIES])
-    both = torch.from_numpy(np.stack([W_xq, W_xq_all])).float()
-    return LinearModels(*both, lambda starts: plain(starts) @ W)
+    uniform = [np.r_[[p] * (known * C), free] for p in PENALTIES]
+    _, W = fit_ridge(weather.features, targets, *parts, uniform)
+    return *torch.from_numpy(np.stack([W_xq, W_xq_all])).float(), W
 
 
-def baseline_forecasts(weather, starts, linear):
+def baseline_forecasts(weather, starts, W):
     """The baselines' forecasts {name: (n, horizon)}, degC, for windows that begin at starts.
 
-    linear: the baseline of `LinearModels`.
+    W: the linear baseline's weights, of `fit_linear_models`.
     """
     past, future = weather.past(starts), weather.future(starts)
     climate, days = weather.climatology[future], weather.horizon // weather.steps_a_day
@@ -322,7 +314,7 @@ def baseline_forecasts(weather, starts, linear):
         "persistence": np.repeat(weather.truth[past[:, -1:]], weather.horizon, axis=1),
         "seasonal_naive": np.tile(weather.truth[past[:, -weather.steps_a_day :]], days),
         "climatology": climate,
-        "linear": climate + weather.scale[0] * linear(starts),
+        "linear": climate + weather.scale[0] * (weather.features(starts) @ W),
     }
 
 
@@ -345,7 +337,7 @@ def forecast(model, inputs, past, batch_size=512):
     return torch.cat(parts).cpu().numpy()
 
 
-def train(args, name, weather, data, linear, device):
+def train(args, name, weather, data, W_xq, device):
     """Train one structure; returns its run, whose model has the best epoch's weights."""
     options = {key: getattr(args, key) for key in ("freq", "hidden", "dropout", "loops")}
     options |= {key: getattr(weather, key) for key in ("known", "horizon", "columns")}
@@ -355,7 +347,7 @@ def train(args, name, weather, data, linear, device):
     }  # fmt: skip
     torch.manual_seed(args.seed)
     model = build_model(config["options"])
-    model.W_xq.copy_(linear.W_xq)
+    model.W_xq.copy_(W_xq)
     run = Run(args, args.out / f"temp_{name}", config, model.to(device))
     inputs, scale = torch.from_numpy(weather.inputs).to(device), float(weather.scale[0])
     starts = torch.from_numpy(weather.starts["train"])
@@ -394,16 +386,17 @@ def test(run, name, weather, data, linear):
         anomalies = forecast(run.model, inputs, weather.past(starts)) * scale
         return weather.climatology[weather.future(starts)] + anomalies
 
-    run.model.W_xq.copy_(linear.W_xq)
+    W_xq, W_xq_all, W = linear
+    run.model.W_xq.copy_(W_xq)
     validation = weather.starts["validation"]
     errors = weather.truth[weather.future(validation)] - degrees(validation)
     band = np.quantile(errors, BAND, axis=0)  # (2, horizon), degC: by lead time
-    run.model.W_xq.copy_(linear.W_xq_all)
+    run.model.W_xq.copy_(W_xq_all)
     run.save_best(run.model, band=band.tolist())
     forecasts, entries = {}, {}
     for part in PARTS:
         starts = weather.starts[part]
-        baselines = baseline_forecasts(weather, starts, linear.baseline)
+        baselines = baseline_forecasts(weather, starts, W)
         forecasts[part] = {"model": degrees(starts)} | baselines
         entries[part] = test_errors(weather.truth[weather.future(starts)], forecasts[part], band)
     split = {part: len(weather.starts[part]) for part in ("train", "validation")}
@@ -558,7 +551,7 @@ def train_and_test(args, device):
         training.clear_folder(args.out / "temp_all")
     results, histories = {}, {}
     for name in NAMES if args.model == "all" else [args.model]:
-        run = train(args, name, weather, data, linear, device)
+        run = train(args, name, weather, data, linear[0], device)
         if training.is_first():
             results[name] = test(run, name, weather, data, linear)
             histories[name] = run.history

@@ -227,7 +227,7 @@ def test_linear_models_are_fitted_to_their_windows_and_leave_the_constant_free()
     weather = weather_of(wandering().assign(p=np.arange(800) % 7.0), "--features", "all")
     free = 1e-9
     train, validation = weather.starts["train"], weather.starts["validation"]
-    linear, both = script.fit_linear_models(weather), np.r_[train, validation]
+    (W_xq, W_xq_all, W), both = script.fit_linear_models(weather), np.r_[train, validation]
 
     def fitted(found, X, starts, penalties):
         Y = weather.inputs[weather.future(starts), 0].astype(float)
@@ -235,12 +235,9 @@ def test_linear_models_are_fitted_to_their_windows_and_leave_the_constant_free()
 
     grid = [(p, p * s) for p in script.PENALTIES for s in script.SEASON]
     penalties = [np.r_[[p] * 5, free, [q] * 12] for p, q in grid]
-    for W_xq, starts in ((linear.W_xq, train), (linear.W_xq_all, both)):
-        assert fitted(W_xq, seasonal_features(weather, starts), starts, penalties)
+    for found, starts in ((W_xq, train), (W_xq_all, both)):
+        assert fitted(found, seasonal_features(weather, starts), starts, penalties)
     X = np.c_[weather.inputs[weather.past(both), :2].reshape(len(both), 10), np.ones(len(both))]
-    guess = linear.baseline(both)
-    W = np.linalg.lstsq(X.astype(float), guess, rcond=None)[0]
-    assert np.allclose(X @ W, guess, atol=1e-5)
     assert fitted(W, X.astype(float), both, [np.r_[[p] * 10, free] for p in script.PENALTIES])
 
 
@@ -256,14 +253,15 @@ def test_baselines_by_hand():
     sizes = {"steps_a_day": 2, "known": 4, "horizon": 4, "scale": np.array([3.0])}
     weather = made_weather(index, values, 100 + 2 * values, {}, **sizes)
     # Steps 10..13 are known, 14..17 come; a day has two steps.
-    found = script.baseline_forecasts(
-        weather, np.array([10, 21]), lambda starts: starts[:, None] * np.array([1, 0, -1, 2])
-    )
+    # Anomalies: -100 - step. The linear model takes the first one, 1, minus the last one, nothing.
+    W = np.zeros((5, 4))
+    W[0, 0], W[4, 1], W[3, 2] = 1, 1, -1
+    found = script.baseline_forecasts(weather, np.array([10, 21]), W)
     assert {name: forecast.tolist() for name, forecast in found.items()} == {
         "persistence": [[13] * 4, [24] * 4],
         "seasonal_naive": [[12, 13, 12, 13], [23, 24, 23, 24]],
         "climatology": [[128, 130, 132, 134], [150, 152, 154, 156]],
-        "linear": [[158, 130, 102, 194], [213, 152, 91, 282]],
+        "linear": [[-202, 133, 471, 134], [-213, 155, 526, 156]],
     }
 
 
@@ -274,8 +272,8 @@ def test_fewer_windows_than_hours_between_them_still_train(tmp_path):
     sizes = {"steps_a_day": 144, "known": 6, "horizon": 3}
     weather = made_weather(index, values, 0 * values, starts, **sizes)
     args = script.parse_args(["--epochs", "2", "--hidden", "3", "--out", str(tmp_path)])
-    linear = script.LinearModels(torch.zeros(21, 3), torch.zeros(21, 3), None)
-    run = script.train(args, "rnn", weather, {"sha256": ""}, linear, torch.device("cpu"))
+    W_xq = torch.zeros(21, 3)
+    run = script.train(args, "rnn", weather, {"sha256": ""}, W_xq, torch.device("cpu"))
     assert run.steps == 2
 
 
@@ -387,9 +385,9 @@ def test_an_untrained_network_is_the_linear_forecast_and_its_band_holds_80_perce
     options = ["--lr", 1e-12, "--average", 0, "--data", daily_path, "--out", tmp_path]
     run_main(script, *DAILY, 1, "--model", "gru", *options)
     weather, run = weather_of(pd.read_csv(daily_path)), tmp_path / "temp_gru"
-    linear = script.fit_linear_models(weather)
+    W_xq, W_xq_all, _ = script.fit_linear_models(weather)
 
-    def degrees(starts, W_xq=linear.W_xq):
+    def degrees(starts, W_xq=W_xq):
         anomalies = seasonal_features(weather, starts) @ W_xq.numpy() * weather.scale[0]
         return weather.climatology[weather.future(starts)] + anomalies
 
@@ -406,7 +404,7 @@ def test_an_untrained_network_is_the_linear_forecast_and_its_band_holds_80_perce
     band = [[np.interp(q, places, np.sort(column)) for column in errors.T] for q in (0.1, 0.9)]
     saved = torch.load(run / "best.pt", weights_only=True)
     assert np.array(saved["band"]) == pytest.approx(np.array(band), abs=1e-4)
-    expected = degrees(weather.starts["segments"], linear.W_xq_all)
+    expected = degrees(weather.starts["segments"], W_xq_all)
     columns = np.stack([expected, expected + band[0], expected + band[1]], axis=2).reshape(-1, 3)
     rows = pd.read_csv(run / "predictions.csv")[SHOWN].to_numpy()
     assert rows == pytest.approx(columns, abs=2e-3)
