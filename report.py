@@ -73,6 +73,19 @@ def text_table(groups):
     return markdown_table(header, sorted(rows, key=lambda row: row[0]))
 
 
+def class_table(groups, setting="--epochs 20"):
+    """The table of F1 by class: rows of metrics.json's per_class, mean over the seeds."""
+    tests = {
+        model: [metrics["test"]["per_class"] for _, metrics in runs]
+        for (own, model), runs in ordered(groups) if own == setting
+    }  # fmt: skip
+    rows = []
+    for label, entry in next(iter(tests.values()), [{}])[0].items():
+        f1 = [spread([test[label]["f1"] for test in own], 3) for own in tests.values()]
+        rows.append([label, entry["support"], *f1])
+    return markdown_table(["类别", "测试条数", *(NAMES[model] for model in tests)], rows)
+
+
 def temp_table(groups):
     """The table of the forecasting runs, with their baselines under each setting."""
     rows, baselines = [], {}
@@ -113,7 +126,8 @@ def main():
     parser.add_argument("--bench", type=Path, help="what bench.py --json wrote")
     args = parser.parse_args()
     groups = collect(args.runs)
-    tables = [text_table(groups["text"])] if groups["text"] else []
+    text = groups["text"]
+    tables = [text_table(text), class_table(text)] if text else []
     tables += [temp_table(groups["temp"])] if groups["temp"] else []
     tables += [bench_table(args.bench)] if args.bench else []
     print("\n\n".join(tables))
