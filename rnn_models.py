@@ -81,7 +81,8 @@ def bi_lstm(inputs, state, params, lengths=None):
     *params, W_hq, b_q = params
     half, h = len(params) // 2, len(W_hq) // 2
     # [H, H_b] W_hq is H times the upper half of W_hq plus H_b times the lower half.
-    params_f, params_b = [*params[:half], W_hq[:h], b_q], [*params[half:], W_hq[h:], b_q * 0]
+    params_f = [*params[:half], W_hq[:h], b_q]
+    params_b = [*params[half:], W_hq[h:], torch.zeros_like(b_q)]    # b_q is added once
     Y, forward = lstm(inputs, forward, params_f)
     Y_b, backward = lstm(reverse(inputs, lengths), backward, params_b)
     return Y + reverse(Y_b, lengths), (forward, backward)

@@ -481,13 +481,7 @@ def train_and_test(args, device):
 
 def main():
     """From arguments to results."""
-    args = parse_args()
-    device = training.pick_device(args.device)
-    if args.predict is not None:
-        return predict(args, device)
-    training.join_processes(device)
-    with training.hold_folder(args.out):
-        train_and_test(args, device)
+    training.start(parse_args(), predict, train_and_test)
 
 
 if __name__ == "__main__":

@@ -70,11 +70,7 @@ def make_parser(description, **defaults):
     add("--hidden", type=number(int, 1, 8192), help="hidden units h of one direction")
     add("--dropout", type=share, help="share of the classifier's and the last layer's inputs set "
         "to zero in training")  # fmt: skip
-    add(
-        "--lr",
-        type=number(float, 1e-12, 1e6),
-        help="learning rate of AdamW; with --descent its highest",
-    )
+    add("--lr", type=number(float, 1e-12, 1e6), help="learning rate of AdamW, at its highest")
     add("--descent", type=number(int, 0, 10**9), help="steps in which the rate rises and falls to "
         "a twentieth, at most all steps; 0: constant rate")  # fmt: skip
     add("--weight-decay", type=number(float, 0, 1000), help="weight decay of AdamW")
@@ -154,6 +150,16 @@ def is_first():
     return not distributed.is_initialized() or distributed.get_rank() == 0
 
 
+def start(args, predict, train_and_test):
+    """Call predict(args, device) for --predict; otherwise train_and_test, alone in its folder."""
+    device = pick_device(args.device)
+    if args.predict is not None:
+        return predict(args, device)
+    join_processes(device)
+    with hold_folder(args.out):
+        train_and_test(args, device)
+
+
 def run_script(main):
     """Call a script's main; end with one line on stderr and status 2 for what a user can mend."""
     bptt.tune_allocator()
@@ -167,7 +173,7 @@ def run_script(main):
     except UserError as error:
         message = f"error: {error}"
     except KeyboardInterrupt:
-        message = "interrupted; a training goes on after its last epoch with --resume"
+        message = "interrupted; with --resume a training goes on after its last finished epoch"
         status = 130
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         full = ("can't allocate memory", "not enough memory")  # torch on Linux, on Windows
@@ -201,7 +207,9 @@ def hold_folder(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "ab")  # noqa: SIM115 - held open on purpose
     except OSError as error:
-        raise UserError(f"cannot write into {folder}: {error.strerror}; name another") from error
+        raise UserError(
+            f"cannot write into {folder}: {error.strerror}; use another --out"
+        ) from error
     try:
         if os.name == "nt":
             import msvcrt
@@ -213,7 +221,9 @@ def hold_folder(folder):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         lock.close()
-        raise UserError(f"another run writes into {folder} ({error}); use another --out") from error
+        busy = isinstance(error, (BlockingIOError, PermissionError))  # Linux and macOS, Windows
+        reason = "another run writes into" if busy else f"no lock ({error}) for"
+        raise UserError(f"{reason} {folder}; use another --out") from error
     return lock
 
 

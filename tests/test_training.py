@@ -203,7 +203,7 @@ def test_a_resumed_run_is_the_run_left_alone_to_the_bit(tmp_path, last_step):
         assert same(alone, resumed)
 
 
-def test_history_is_whole_after_a_kill_between_last_pt_and_history_csv(tmp_path, monkeypatch):
+def test_history_is_whole_after_a_kill_while_an_epoch_is_saved(tmp_path, monkeypatch):
     kill, run = fail(KeyboardInterrupt()), start(tmp_path)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         train(run, after=lambda: run.steps == 7 and patch.setattr(training, "write_csv", kill))
