@@ -4,16 +4,12 @@
 """
 
 import contextlib
-import csv
 import hashlib
-import io
 import os
 import socket
 import sys
 import tempfile
-import time
 import warnings
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,67 +98,52 @@ def load(dataset, path=None):
     data/, then downloaded into data/; if no address answers, the sample is made, and a banner says
     so. Raises UserError for a file that is missing or unfit.
     """
-    source = "file"
-    path = expand(path) if path else find(dataset)
+    source, path = "file", Path(os.path.expanduser(path)) if path else find(dataset)
     if path is None:
-        path, reason = download(dataset)
-        source = "download"
+        source, path = "download", download(dataset)
     if path is None:
-        frame = dataset.sample()
-        print_banner(dataset, reason)
-        digest = hashlib.sha256(frame.to_csv(index=False).encode()).hexdigest()
-        path, source = "bundled sample", "sample"
+        source, path, frame = "sample", "bundled sample", dataset.sample()
+        content = frame.to_csv(index=False).encode()
     else:
-        content = read_bytes(path)
-        frame = parse_csv(unzip(content, path), path, dataset.options)
-        digest = hashlib.sha256(content).hexdigest()
+        frame, content = read_table(path, dataset.options), path.read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
     return frame, {"path": str(path), "sha256": digest, "source": source, "rows": len(frame)}
-
-
-def expand(path):
-    """The path with ~ replaced by the home folder, where one is known."""
-    return Path(os.path.expanduser(path))
 
 
 def find(dataset):
     """The path of a dataset, zip or CSV, in the first folder that has it; None if none has."""
     named = os.environ.get("RNN_DATA_DIR")
-    folders = [*([expand(named)] if named else []), DATA_DIR]
+    folders = [*([Path(os.path.expanduser(named))] if named else []), DATA_DIR]
     names = (dataset.name, dataset.name.removesuffix(".zip").removesuffix(".csv") + ".csv")
     paths = [folder / name for folder in folders for name in names]
-    return next((path for path in paths if os.path.isfile(path)), None)
+    return next((path for path in paths if path.is_file()), None)
 
 
 def download(dataset):
     """Fetch a dataset into data/, from the first address that gives the right file.
 
-    Returns (path, None), or (None, the last failure in words). The file gets its name only after
-    it has been verified: by its SHA-256, or by its size and its table.
+    Returns its path, or None behind a banner that says why the sample takes its place. The file
+    gets its name only after it has been verified: by its SHA-256, or by its size and its table.
     """
-    path = DATA_DIR / dataset.name
-    temporary = DATA_DIR / f".{dataset.name}.{os.getpid()}.part"
-    reason = "no address is known"
-    before = socket.getdefaulttimeout()
+    reason, before = "no address is known", socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT)
     try:
         DATA_DIR.mkdir(exist_ok=True)
-        remove_stale(DATA_DIR, dataset.name, 3600)
-        for url in dataset.urls:
-            try:
-                progress = sys.stderr.isatty()
-                torch.hub.download_url_to_file(url, str(temporary), dataset.sha256, progress)
-                verify(dataset, temporary)
-                os.replace(temporary, path)
-                return path, None
-            except Exception as error:  # servers fail in many ways; each means: try the next one
-                reason = f"{urlsplit(url).hostname}: {' '.join(str(error).split())[:100]}"
+        with tempfile.TemporaryDirectory(dir=DATA_DIR, ignore_cleanup_errors=True) as folder:
+            path = Path(folder, dataset.name)
+            for url in dataset.urls:
+                try:
+                    progress = sys.stderr.isatty()
+                    torch.hub.download_url_to_file(url, str(path), dataset.sha256, progress)
+                    verify(dataset, path)
+                    return path.replace(DATA_DIR / dataset.name)
+                except Exception as error:  # servers fail in many ways; each means: try the next
+                    reason = f"{urlsplit(url).hostname}: {' '.join(str(error).split())[:100]}"
     except OSError as error:
         reason = f"{DATA_DIR} cannot be written: {error.strerror}"
     finally:
         socket.setdefaulttimeout(before)
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-    return None, reason
+    print_banner(dataset, reason)
 
 
 def verify(dataset, path):
@@ -171,20 +152,9 @@ def verify(dataset, path):
     if dataset.size and size != dataset.size:
         raise ValueError(f"sent {size:,} bytes instead of {dataset.size:,}")
     if dataset.rows:
-        frame = parse_csv(unzip(path.read_bytes(), path), path, dataset.options)
+        frame = read_table(path, dataset.options)
         if len(frame) != dataset.rows or not set(dataset.sample().columns) <= set(frame.columns):
             raise ValueError(f"sent a table of {len(frame):,} rows instead of {dataset.rows:,}")
-
-
-def remove_stale(folder, name="", seconds=0):
-    """Delete what killed runs left half-written in a folder: hidden files that end in .part.
-
-    name: only those of this file; seconds: only those that are older.
-    """
-    for path in [*folder.glob(f".{name}*.part"), *folder.glob(f".{name}*.partial")]:
-        with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime >= seconds:
-                path.unlink()
 
 
 def print_banner(dataset, reason):
@@ -199,55 +169,24 @@ def print_banner(dataset, reason):
     print("*" * 100, flush=True)
 
 
-def read_bytes(path):
-    """The bytes of a regular file; UserError if it is missing, none, or cannot be read."""
+def read_table(path, options):
+    """A DataFrame from a CSV, or a zip of one, in UTF-8 or GB18030; UserError if there is none."""
     if not path.is_file():
         raise UserError(f"{path} does not exist or is no regular file; name a CSV or a zip")
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
-
-
-def unzip(content, path):
-    """The bytes of the CSV: the content itself, or the one CSV in the zip; UserError otherwise."""
-    if not content.startswith(b"PK\x03\x04"):
-        if str(path).lower().endswith(".zip"):
-            raise UserError(f"{path} is no zip file; delete it and fetch it again")
-        return content
-    try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            files = [file for file in archive.infolist() if file.filename.lower().endswith(".csv")]
-            files = [file for file in files if "__MACOSX" not in file.filename]
-            if len(files) != 1:
-                raise UserError(f"{path} holds {len(files)} CSV files; unpack the right one")
-            return archive.read(files[0])
-    except UserError:
-        raise
-    except Exception as error:  # damaged zips raise what zlib, LZMA, ... find first
-        raise UserError(f"{path} cannot be unpacked ({error}); fetch it again") from error
-
-
-def parse_csv(content, path, options):
-    """A DataFrame from CSV bytes in UTF-8, with or without BOM, or GB18030; UserError otherwise."""
     for encoding in ("utf-8-sig", "gb18030"):
-        with contextlib.suppress(UnicodeDecodeError):
-            text = content.decode(encoding)
-            break
-    else:
-        raise UserError(f"{path} is neither UTF-8 nor GB18030 text; save it as CSV UTF-8")
-    try:
-        with warnings.catch_warnings():
-            # Without index_col=False rows with a field too many would shift all columns.
-            warnings.simplefilter("error", pd.errors.ParserWarning)
-            return pd.read_csv(io.StringIO(text), index_col=False, **options)
-    except (pd.errors.ParserError, pd.errors.ParserWarning, pd.errors.EmptyDataError) as error:
-        reason = " ".join(str(error).split())
-        with contextlib.suppress(csv.Error, StopIteration, ValueError):
-            header, *rows = csv.reader(io.StringIO(text))
-            row = next(i for i, fields in enumerate(rows, 1) if len(fields) > len(header))
-            reason = f"row {row} has more fields than the header"
-        raise UserError(f"{path} is no CSV table ({reason}); check commas and quotes") from error
+        try:
+            with warnings.catch_warnings():
+                # Without index_col=False rows with a field too many would shift all columns.
+                warnings.simplefilter("error", pd.errors.ParserWarning)
+                return pd.read_csv(path, encoding=encoding, index_col=False, **options)
+        except UnicodeDecodeError:
+            continue
+        except pd.errors.ParserWarning as error:
+            raise UserError(f"{path}: row 1 has more fields than the header; correct it") from error
+        except Exception as error:  # damaged files raise what pandas, zlib, LZMA, ... find first
+            reason = " ".join(str(error).split())
+            raise UserError(f"{path} is no CSV table ({reason}); correct or replace it") from error
+    raise UserError(f"{path} is neither UTF-8 nor GB18030 text; save it as CSV UTF-8")
 
 
 def check_columns(frame, columns, path):
@@ -256,3 +195,10 @@ def check_columns(frame, columns, path):
         if column not in frame.columns:
             names = ", ".join(map(str, frame.columns[:20]))
             raise UserError(f"{path} has no column {column!r}; its columns are: {names}")
+
+
+def remove_stale(folder):
+    """Delete the hidden .part files that killed runs left half-written in a folder."""
+    for path in folder.glob(".*.part"):
+        with contextlib.suppress(OSError):
+            path.unlink()

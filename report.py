@@ -12,7 +12,7 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
-from training import NAMES, markdown_table
+from training import NAMES
 
 SCORES = {"accuracy": "准确率", "precision_macro": "宏精确率", "recall_macro": "宏召回率",
           "f1_macro": "宏 F1"}  # fmt: skip
@@ -41,6 +41,12 @@ def collect(root):
         key = setting_of(metrics["argv"]), metrics["model"]
         groups[metrics["task"]][key].append((path.parent, metrics))
     return groups
+
+
+def markdown_table(header, rows):
+    """A Markdown table of a list of names and lists of cells."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def spread(values, digits=4):

@@ -443,15 +443,16 @@ def print_errors(entries, name, title):
 
 def write_predictions(path, weather, forecasts, band):
     """Write each forecast step of the test segments: stamp, hours ahead, truth, forecast, band."""
-    hours = lead_hours(weather)
-    rows = []
-    for segment, steps in enumerate(weather.future(weather.starts["segments"])):
-        values = np.stack([weather.truth[steps], forecasts[segment], *(forecasts[segment] + band)])
-        stamps = weather.index[steps].strftime(STAMP)
-        for stamp, hour, row in zip(stamps, hours, values.T.round(3).tolist(), strict=True):
-            rows.append([segment + 1, stamp, hour, *row])
-    header = ["segment", "Date Time", "hours ahead", TARGET, "forecast (degC)", "low 10 % (degC)"]
-    training.write_csv(path, [*header, "high 90 % (degC)"], rows)
+    steps = weather.future(weather.starts["segments"])  # (n, horizon)
+    table = pd.DataFrame({
+        "segment": np.repeat(np.arange(len(steps)) + 1, weather.horizon),
+        "Date Time": weather.index[steps.ravel()].strftime(STAMP),
+        "hours ahead": np.tile(lead_hours(weather), len(steps)),
+        TARGET: weather.truth[steps].ravel(), "forecast (degC)": forecasts.ravel(),
+        "low 10 % (degC)": (forecasts + band[0]).ravel(),
+        "high 90 % (degC)": (forecasts + band[1]).ravel(),
+    })  # fmt: skip
+    training.write_csv(path, table.round(3))
 
 
 def lead_hours(weather):
@@ -486,19 +487,18 @@ def draw(run, weather, forecasts, band, name):
 
 def compare(args, results, histories):
     """The four structures side by side with the baselines: temp_all/."""
-
-    def row(name, entries, **more):
-        kinds = {"mean": "mean_error", "median": "median_error"}
-        errors = {f"{part}, {k}": entries[part][kinds[k]] for part in PARTS for k in kinds}
-        return {"model": name} | errors | more
-
-    rows, keys = [], ("parameters", "seconds_per_epoch", "best_epoch")
-    for name, own in results.items():
-        rows.append(row(NAMES[name], own["test"], **{key: own[key] for key in keys}))
     last = next(reversed(results.values()))  # the baselines of all four are the same
+    entries = {NAMES[name]: own["test"] for name, own in results.items()}
     for name in last["test"]["segments"]["baselines"]:
-        entries = {part: last["test"][part]["baselines"][name] for part in PARTS}
-        rows.append(row(name.replace("_", " "), entries))
+        own = {part: last["test"][part]["baselines"][name] for part in PARTS}
+        entries[name.replace("_", " ")] = own
+    rows = [
+        {"model": name} | {
+            f"{part}, {kind}": entry[part][f"{kind}_error"]
+            for part in PARTS for kind in ("mean", "median")
+        }
+        for name, entry in entries.items()
+    ]  # fmt: skip
     stamp = "Bundled sample, made-up data. " if last["data"]["source"] == "sample" else ""
     note = f"{stamp}Absolute errors on the test years, degC."
     folder = args.out / "temp_all"

@@ -144,17 +144,21 @@ def build_vocabularies(cuts, kind, min_freq):
     Tokens that occur less than min_freq times (pairs: PAIR_MIN_FREQ) are left out.
     """
 
-    def frequent(tokens, least):
-        counts = Counter(tokens).most_common()
-        return ["<pad>", "<unk>", *(token for token, count in counts if count >= least)]
+    def frequent(counts, least):
+        tokens = [token for token, count in counts.most_common() if count >= least]
+        return ["<pad>", "<unk>", *tokens]
 
-    words = frequent(chain.from_iterable(cuts), min_freq)
+    words, chars = Counter(chain.from_iterable(cuts)), Counter()
     if kind == "word":
-        return {"word": words}
+        return {"word": frequent(words, min_freq)}
+    for word, count in words.items():
+        for char in word:
+            chars[char] += count
+    both = Counter(chain.from_iterable(map(pairs, cuts)))
     return {
-        "char": frequent(chain.from_iterable(chain.from_iterable(cuts)), min_freq),
-        "word": words,
-        "pair": frequent(chain.from_iterable(map(pairs, cuts)), max(min_freq, PAIR_MIN_FREQ)),
+        "char": frequent(chars, min_freq),
+        "word": frequent(words, min_freq),
+        "pair": frequent(both, max(min_freq, PAIR_MIN_FREQ)),
         "place": PLACES,
     }
 
@@ -168,22 +172,29 @@ def encode(cuts, vocabularies):
     cuts = [cut or ["\0"] for cut in cuts]
     words = list(chain.from_iterable(cuts))
 
-    def ids(tokens, name):
-        lookup = {token: i for i, token in enumerate(vocabularies[name])}
-        return np.array([lookup.get(token, UNK) for token in tokens], np.int32)
+    def ids(keys, known):  # known: the keys of a vocabulary's tokens from 2 on
+        found = pd.Index(known).get_indexer(keys)
+        return np.where(found < 0, UNK, found + 2).astype(np.int32)
 
+    word_ids = ids(words, vocabularies["word"][2:])
     if list(vocabularies) == ["word"]:
-        return ids(words, "word")[:, None], np.fromiter(map(len, cuts), np.int64)
-    lengths = np.fromiter(map(len, words), np.int64)
-    places = {n: [1] if n == 1 else [2, *[3] * (n - 2), 4] for n in set(lengths.tolist())}
-    aspects = {
-        "char": ids(chain.from_iterable(words), "char"),
-        "word": np.repeat(ids(words, "word"), lengths),
-        "pair": ids(chain.from_iterable(map(pairs, cuts)), "pair"),
-        "place": np.array(list(chain.from_iterable(map(places.get, lengths.tolist()))), np.int32),
-    }
+        return word_ids[:, None], np.fromiter(map(len, cuts), np.int64)
     counts = np.fromiter((sum(map(len, cut)) for cut in cuts), np.int64)
-    return np.stack([aspects[name] for name in vocabularies], axis=1), counts
+    lengths = np.fromiter(map(len, words), np.int64)
+    chars = np.frombuffer("".join(words).encode("utf-32-le"), np.uint32).astype(np.int64)
+    following = np.append(chars[1:], 0)
+    following[np.cumsum(counts) - 1] = ord("\n")
+    first, last = np.zeros((2, len(chars)), bool)
+    first[np.cumsum(lengths) - lengths] = last[np.cumsum(lengths) - 1] = True
+    aspects = {
+        "char": ids(chars, [ord(char) for char in vocabularies["char"][2:]]),
+        "word": np.repeat(word_ids, lengths),
+        "pair": ids(
+            chars << 32 | following, [ord(a) << 32 | ord(b) for a, b in vocabularies["pair"][2:]]
+        ),
+        "place": np.select([first & last, first, last], [1, 2, 4], 3),
+    }
+    return np.stack([aspects[name] for name in vocabularies], axis=1, dtype=np.int32), counts
 
 
 class Corpus:
@@ -347,10 +358,11 @@ def write_predictions(path, reviews, p):
     """Write each test row's number in the file, truth, prediction, its probability, and text."""
     rows, best = reviews.split["test"].numpy(), p.max(dim=1)
     classes = np.array(reviews.classes, dtype=object)
-    truth, predicted = classes[reviews.labels[rows]], classes[best.indices.numpy()]
-    shares, texts = [f"{share:.4f}" for share in best.values], [reviews.texts[i] for i in rows]
-    table = zip((rows + 1).tolist(), truth, predicted, shares, texts, strict=True)
-    training.write_csv(path, ["row", "label", "predicted", "probability", "text"], table)
+    training.write_csv(path, pd.DataFrame({
+        "row": rows + 1, "label": classes[reviews.labels[rows]],
+        "predicted": classes[best.indices.numpy()], "probability": best.values.numpy().round(4),
+        "text": [reviews.texts[i] for i in rows],
+    }))  # fmt: skip
 
 
 # --- comparison ---------------------------------------------------------------------------------
@@ -397,23 +409,22 @@ def gradient_reach(model, corpus, rows):
 
 def compare(args, reviews, results, reach):
     """The four structures side by side, and the mean of their probabilities: text_all/."""
-    folder, rows = args.out / "text_all", []
-    for name, result in results.items():
-        metrics, f1 = result["metrics"], [r["validation_f1_macro"] for r in result["history"]]
-        row = {"model": NAMES[name]} | {key: metrics["test"][key] for key in SCORES}
-        row |= {key: metrics[key] for key in ("parameters", "seconds_per_epoch", "best_epoch")}
-        row["epochs_to_95_percent"] = [value >= 0.95 * max(f1) for value in f1].index(True) + 1
-        rows.append(row)
+    rows = {name: results[name]["metrics"] | results[name]["metrics"]["test"] for name in results}
     mean = torch.stack([result["probabilities"] for result in results.values()]).mean(dim=0)
-    scores = test_scores(reviews, mean)[1]
-    total = sum(row["parameters"] for row in rows)
-    rows.append({"model": "mean of the four"} | {key: scores[key] for key in SCORES})
-    rows[-1]["parameters"] = total
+    rows["mean"] = test_scores(reviews, mean)[1]
+    rows["mean"]["parameters"] = sum(rows[name]["parameters"] for name in results)
+    kept = [*SCORES, "parameters", "seconds_per_epoch", "best_epoch"]
+    names = NAMES | {"mean": "mean of the four"}
+    rows = [
+        {"model": names[name]} | {key: row[key] for key in kept if key in row}
+        for name, row in rows.items()
+    ]
     reach = {NAMES[name]: values for name, values in reach.items()}
     content = {"argv": sys.argv[1:], "seed": args.seed, "data": reviews.data}
     content |= {"rows": rows, "gradient_reach": reach}
     stamp = "Bundled sample, made-up data. " if reviews.data["source"] == "sample" else ""
     note = f"{stamp}Test rows; precision, recall and F1 are macro averages."
+    folder = args.out / "text_all"
     training.write_comparison(folder, rows, content, note)
     histories = {name: result["history"] for name, result in results.items()}
     keys = {"validation cross-entropy": "validation_loss", "macro-F1": "validation_f1_macro"}

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import csv
 import io
 import json
 import math
@@ -13,6 +12,7 @@ import time
 import zipfile
 from pathlib import Path
 
+import pandas as pd
 import torch
 from torch import distributed
 from torch.optim.swa_utils import AveragedModel
@@ -191,7 +191,7 @@ def run_script(main):
 # --- files --------------------------------------------------------------------------------------
 
 # What a run or a comparison leaves in its folder.
-RESULTS = ["metrics.json", "history.csv", "predictions.csv", "best.pt", "last.pt", "comparison.md",
+RESULTS = ["metrics.json", "history.csv", "predictions.csv", "best.pt", "last.pt",
            "comparison.json", "comparison.png", "gradients.png", "curves.png", "confusion.png",
            "forecasts.png", "lead_time.png"]  # fmt: skip
 
@@ -203,14 +203,10 @@ def hold_folder(folder):
     """
     if not is_first():
         return contextlib.nullcontext()
+    lock = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "ab")  # noqa: SIM115 - held open on purpose
-    except OSError as error:
-        raise UserError(
-            f"cannot write into {folder}: {error.strerror}; use another --out"
-        ) from error
-    try:
         if os.name == "nt":
             import msvcrt
 
@@ -220,10 +216,11 @@ def hold_folder(folder):
 
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        lock.close()
-        busy = isinstance(error, (BlockingIOError, PermissionError))  # Linux and macOS, Windows
-        reason = "another run writes into" if busy else f"no lock ({error}) for"
-        raise UserError(f"{reason} {folder}; use another --out") from error
+        what = "lock" if lock else "write into"
+        hint = "another run writes into it, or use another --out" if lock else "use another --out"
+        if lock:
+            lock.close()
+        raise UserError(f"cannot {what} {folder}: {error.strerror}; {hint}") from error
     return lock
 
 
@@ -243,21 +240,10 @@ def write_json(path, content):
         stream.write("\n")
 
 
-def write_csv(path, header, rows):
-    """Write a CSV file whole."""
+def write_csv(path, frame):
+    """Write a DataFrame as a CSV file, whole."""
     with whole_file(path, "w", encoding="utf-8", newline="", errors="replace") as stream:
-        csv.writer(stream).writerows([header, *rows])
-
-
-def markdown_table(header, rows):
-    """A Markdown table of a list of names and lists of cells."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
-def show(value):
-    """A table's cell: whole numbers in full, others with four digits."""
-    return f"{value:#.4g}" if isinstance(value, float) else f"{value}"
+        frame.to_csv(stream, index=False)
 
 
 def save_checkpoint(path, **content):
@@ -439,8 +425,7 @@ class Run:
             return
         if better:
             self.save_best(self.averaged.module)
-        rows = [list(record.values()) for record in self.history]
-        write_csv(self.folder / "history.csv", list(self.history[0]), rows)
+        write_csv(self.folder / "history.csv", pd.DataFrame(self.history))
         save_checkpoint(
             self.folder / "last.pt", task=self.config["task"], config=self.config,
             options=self.options, history=self.history, best=self.best, steps=self.steps,
@@ -487,10 +472,7 @@ def history_panels(histories, keys):
 
 
 def write_comparison(folder, rows, content, note):
-    """Write comparison.md (a note and the table of rows, dicts) and comparison.json; print both."""
-    header = [name.replace("_", " ") for name in rows[0]]
-    table = markdown_table(header, [[show(row.get(name, "")) for name in rows[0]] for row in rows])
-    with whole_file(folder / "comparison.md", "w", encoding="utf-8") as stream:
-        stream.write(f"{note}\n\n{table}\n")
+    """Print a note and the table of rows, dicts; write comparison.json."""
+    table = pd.DataFrame(rows).rename(columns=lambda name: name.replace("_", " "))
+    print(f"\n{note}\n{table.to_string(index=False, float_format='{:.4g}'.format, na_rep='')}")
     write_json(folder / "comparison.json", content)
-    print(f"\n{note}\n\n{table}", flush=True)
