@@ -1,22 +1,19 @@
 """Back-propagation through time by hand: RNN, GRU and LSTM with derived gradients.
 
-`rnn`, `gru` and `lstm` compute what the loops of `rnn_models` compute, but autograd sees one node.
-`forward` runs the recurrence; `backward` goes from the last step to the first (Werbos 1990,
-"Backpropagation through time: what it does and how to do it"), in the form of NX-AI/flashrnn's
-vanilla backward: one product of all inputs with W_x before the loop, one for each weight after it.
+`rnn`, `gru` and `lstm` compute what the loops of `rnn_models` compute, but autograd sees one node:
+`forward` runs the recurrence, `backward` goes from the last step to the first (Werbos 1990), in the
+form of NX-AI/flashrnn's vanilla backward: one product of all inputs with W_x before the loop, one
+for each weight after it.
 
 T steps, B sequences, D inputs, h units. X is a step's input, H its state, H_prev the state before.
 dV is the gradient of the loss with respect to V, dY the part of dH that comes from above, A the sum
-inside a gate, s the logistic sigmoid, * the elementwise product, W^T the transpose.
+inside a gate, s the logistic sigmoid, * the elementwise product.
 Through a gate: S = s(A) gives dA = dS * S * (1 - S), and S = tanh(A) gives dA = dS * (1 - S^2).
-After the loop, for all cells: dX = dA W_x^T, and summed over the steps dW_x = X^T dA, db = dA.
-The right-hand dH and dC of a backward formula come from the step after; dH starts at zero, dC at
-the gradient of the last C. The factors K are known after the forward pass: they are worked out for
-all steps at once, in dA's memory, and multiplied by dH or dC in the loop. At T, B, D, h =
-50, 64, 128, 128 that takes 9 % off an LSTM's training step on two threads of an AMD EPYC.
+After the loop: dX = dA W_x^T, and summed over the steps dW_x = X^T dA, db = dA.
+dH starts at zero, dC at the gradient of the last C; right of a sign = both are the next step's.
+The factors K do not depend on dH: one pass finds them for all steps, in dA's memory. That takes 9 %
+off an LSTM's training step at T, B, D, h = 50, 64, 128, 128, on two threads of an AMD EPYC.
 """
-
-import ctypes
 
 import torch
 from torch.autograd import Function
@@ -26,16 +23,6 @@ sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input  # (dS, S) -> dS *
 tanh_backward = torch.ops.aten.tanh_backward.grad_input  # (dS, S) -> dS * (1 - S^2)
 onednn_product = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # private: may be missing
 MINUS_ONE = torch.tensor(-1.0)
-
-
-def tune_allocator():
-    """Let glibc keep freed memory for the next tensors; call this once, when a program starts."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return  # not glibc: Windows, macOS, musl
-    mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: tensors up to 32 MiB come from the heap
-    mallopt(-1, 2**30)  # M_TRIM_THRESHOLD: keep up to 1 GiB of freed heap
 
 
 def _fast_cpu(X):

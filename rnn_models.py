@@ -306,35 +306,49 @@ class TextClassifier(nn.Module):
 class Forecaster(nn.Module):
     """A recurrence that corrects a linear forecast: all steps ahead at once, from its last state.
 
-    Y = H_T W_hq + b_q + [x, x sin, x cos] W_xq,  x = the first feature at all T known steps, and 1;
-    sin, cos = the season at the last known step. W_xq is fitted beforehand and is not trained.
+    Y = H_T W_hq + b_q + z W_xq, with z the `linear_features` of the known steps. W_xq is fitted
+    beforehand and is not trained.
     """
 
-    def __init__(self, cell, num_inputs, num_hiddens, known, horizon, dropout=0.0, loops="fast"):
+    def __init__(
+        self, cell, num_inputs, num_hiddens, known, horizon, steps_a_day, dropout=0.0, loops="fast"
+    ):
         """num_inputs: D features a step, the last four sine and cosine of the year and of the day;
-        num_hiddens: h; known: T; horizon: Q; dropout: share of the last state set to zero in
-        training. Raises ValueError for an unknown cell or loops.
+        num_hiddens: h; known: T, whole days; horizon: Q; dropout: share of the last state set to
+        zero in training. Raises ValueError for an unknown cell or loops.
         """
         super().__init__()
+        self.steps_a_day = steps_a_day
         self.recurrence = Recurrence(cell, num_inputs, num_hiddens, horizon, loops)
         nn.init.zeros_(self.recurrence.W_hq)  # training starts from the linear forecast
         for name, param in self.recurrence.named_parameters():
             if name.startswith("b_f"):  # with 1 the LSTM overfits within two epochs
                 nn.init.zeros_(param)
-        self.register_buffer("W_xq", torch.zeros(3 * (known + 1), horizon))
+        features = self.linear_features(torch.zeros(known, 1, num_inputs), steps_a_day)
+        self.register_buffer("W_xq", torch.zeros(features.shape[1], horizon))
         self.dropout = nn.Dropout(dropout)
 
     @staticmethod
-    def linear_features(inputs):
-        """[x, 1, x sin, sin, x cos, cos] (B, 3 (T + 1)) of inputs (T, B, D)."""
-        x = nn.functional.pad(inputs[:, :, 0].t(), (0, 1), value=1.0)  # (B, T + 1)
-        sine, cosine = inputs[-1, :, -4:-2].t()[:, :, None]  # (B, 1) each
-        return torch.cat([x, x * sine, x * cosine], dim=1)
+    def linear_features(inputs, steps_a_day):
+        """Features (B, F) of a linear forecast from inputs (T, B, D): x, the first column in means
+        of an hour, and its products with sine and cosine of the year; z, the means of each day and
+        the hours of the last day, all columns, and its products with those of the day too.
+
+        The products let the weights change with season and hour. Both x and z end with a 1.
+        """
+        per_day = min(24, steps_a_day)
+        hours = inputs[:, :, :-4].unflatten(0, (-1, steps_a_day // per_day)).mean(1)
+        days = hours.unflatten(0, (-1, per_day)).mean(1)  # (days, B, C), hours (days * 24, B, C)
+        x, z = hours[:, :, :1], torch.cat([days, hours[-per_day:]])
+        x, z = (nn.functional.pad(v.transpose(0, 1).flatten(1), (0, 1), value=1.0) for v in (x, z))
+        sin_y, cos_y, sin_d, cos_d = inputs[-1, :, -4:].t()[:, :, None]  # (B, 1) each
+        products = [z, z * sin_y, z * cos_y, z * sin_d, z * cos_d]
+        return torch.cat([x, x * sin_y, x * cos_y, *products], dim=1)
 
     def forward(self, inputs):
         """Forecasts (B, Q) from the known steps (T, B, D), which both directions read alone."""
         states = self.recurrence(inputs)  # (T, B, h)
         lengths = torch.full((inputs.shape[1],), len(inputs), device=inputs.device)
         last = pool_states(states, lengths, "last", self.recurrence.cell == "bi_lstm")
-        linear = self.linear_features(inputs) @ self.W_xq  # (B, Q)
+        linear = self.linear_features(inputs, self.steps_a_day) @ self.W_xq  # (B, Q)
         return linear + self.recurrence.output(self.dropout(last))

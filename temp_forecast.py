@@ -13,6 +13,7 @@ difference from a smooth climatology of the training years, and corrects a linea
 import contextlib
 import sys
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,8 @@ STEPS_A_DAY = {"h": 24, "10min": 144, "D": 1}
 CALENDAR = 4  # features: sine and cosine of the year and of the day
 CURVE_WINDOWS = 5000  # training windows on which the curves' training error is measured
 PENALTIES = 10.0 ** np.arange(-1, 6)  # of the ridge regressions
-SEASON = (1, 10, 100, 1e9)  # times the penalty: of the weights' change with the season; 1e9: none
+INTERACTIONS = (1, 10, 100, 1000, 1e9)  # times the penalty, of weights that change; 1e9: none
+SHARES = (0, 0.25, 0.5, 0.75, 1)  # of the linear model in the forecast
 BAND = (0.1, 0.9)  # quantiles of the validation errors: the 80 % band
 PARTS = {"segments": "7-day segments", "daily_origins": "daily origins"}
 # Chosen on validation rows of the hourly Jena series.
@@ -187,14 +189,18 @@ class Weather:
         """The known steps (n, known) of windows that begin at starts (n,)."""
         return np.asarray(starts)[:, None] + np.arange(self.known)
 
-    def features(self, starts):
-        """All columns at all known steps, and 1, of windows that begin at starts (n,): (n, F)."""
-        X = self.inputs[self.past(starts), : len(self.columns)].reshape(len(starts), -1)
-        return np.c_[X, np.ones(len(X))].astype(float)
-
     def future(self, starts):
         """The steps to forecast (n, horizon) of windows that begin at starts (n,)."""
         return np.asarray(starts)[:, None] + np.arange(self.known, self.known + self.horizon)
+
+    def targets(self, starts):
+        """Scaled anomalies of the temperature (n, horizon) to forecast from starts (n,)."""
+        return self.inputs[self.future(starts), 0].astype(float)
+
+    def linear_features(self, starts):
+        """The features (n, F) of the linear models, of windows that begin at starts (n,)."""
+        inputs = torch.from_numpy(self.inputs[self.past(starts)]).transpose(0, 1).double()
+        return Forecaster.linear_features(inputs, self.steps_a_day).numpy()
 
 
 def prepare(args, series, path):
@@ -248,59 +254,43 @@ def network_inputs(anomalies, scale, index):
 # --- linear models ------------------------------------------------------------------------------
 
 
-def fit_ridge(features, targets, train, validation, penalties):
-    """Ridge regression in closed form, with the penalties that have the least validation error.
+def fit_linear_models(weather):
+    """Two ridge regressions in closed form on `Forecaster.linear_features`: on those of x alone, on
+    which the network stands, and on all, the baseline.
 
-    features, targets: functions from window starts (n,) to (n, F) and (n, Q); penalties: a list of
-    vectors (F,). Returns two matrices (F, Q): fitted to the training windows, and to these with
-    those of validation.
+    Returns for each two matrices (F, horizon): fitted to the training windows, and to these with
+    those of validation. Of PENALTIES, and of INTERACTIONS, times as much for the products with sine
+    and cosine, those with the least validation error are taken.
     """
 
-    def moments(starts):
+    def moments(part):
         gram, moment = 0.0, 0.0
-        for part in np.array_split(starts, len(starts) // 4096 + 1):
-            X, Y = features(part), targets(part)
+        for starts in np.array_split(weather.starts[part], len(weather.starts[part]) // 4096 + 1):
+            X, Y = weather.linear_features(starts), weather.targets(starts)
             gram, moment = gram + X.T @ X, moment + X.T @ Y
         return gram, moment
 
-    def solve(gram, moment, penalty):
-        return np.linalg.solve(gram + np.diag(penalty), moment)
+    train = moments("train")
+    both = [own + more for own, more in zip(train, moments("validation"), strict=True)]
+    sample = weather.starts["validation"][:: len(weather.starts["validation"]) // 2000 + 1]
+    X, Y = weather.linear_features(sample), weather.targets(sample)
+    nx = weather.known // weather.steps_a_day * min(24, weather.steps_a_day) + 1
+    nz = (X.shape[1] - 3 * nx) // 5
 
-    first, second = moments(train), moments(validation)
-    sample = validation[:: len(validation) // 2000 + 1]
-    X, Y = features(sample), targets(sample)
-    best = min(penalties, key=lambda penalty: mean_error(Y, X @ solve(*first, penalty)))
-    return solve(*first, best), solve(*(a + b for a, b in zip(first, second, strict=True)), best)
+    def fit(size):
+        def solve(gram, moment, penalty, times):
+            factors = [1, times, times, 1, times, times, times, times]
+            penalties = penalty * np.repeat(factors, [nx] * 3 + [nz] * 5)[:size]
+            penalties[nx - 1] = 1e-9  # of the constant
+            W = np.zeros_like(moment)
+            W[:size] = np.linalg.solve(gram[:size, :size] + np.diag(penalties), moment[:size])
+            return W
 
+        choices = product(PENALTIES, INTERACTIONS)
+        best = min(choices, key=lambda choice: mean_error(Y, X @ solve(*train, *choice)))
+        return solve(*train, *best), solve(*both, *best)
 
-def fit_linear_models(weather):
-    """The network's linear part, fitted twice, and the baseline's weights.
-
-    Returns W_xq (3 (known + 1), horizon), fitted to the training windows, for training; the same
-    with the validation windows, for testing; and W (known * C + 1, horizon) of the baseline.
-    W_xq is ridge on the temperatures and changes with the season as far as a whole year of
-    validation bears it; the baseline is plain ridge on all columns, fitted to all training years.
-    """
-    known, C = weather.known, len(weather.columns)
-
-    def seasonal(starts):
-        inputs = torch.from_numpy(weather.inputs[weather.past(starts)]).transpose(0, 1).double()
-        return Forecaster.linear_features(inputs).numpy()  # (n, 3 (known + 1))
-
-    def targets(starts):
-        return weather.inputs[weather.future(starts), 0].astype(float)  # (n, horizon)
-
-    parts = weather.starts["train"], weather.starts["validation"]
-    free = 1e-9  # of the constants
-    whole_year = len(parts[1]) >= 365 * weather.steps_a_day  # less cannot judge the seasons
-    by_season = [
-        np.r_[[p] * known, free, [p * s] * (2 * known + 2)]
-        for p in PENALTIES for s in (SEASON if whole_year else SEASON[-1:])
-    ]  # fmt: skip
-    W_xq, W_xq_all = fit_ridge(seasonal, targets, *parts, by_season)
-    uniform = [np.r_[[p] * (known * C), free] for p in PENALTIES]
-    _, W = fit_ridge(weather.features, targets, *parts, uniform)
-    return *torch.from_numpy(np.stack([W_xq, W_xq_all])).float(), W
+    return fit(3 * nx), fit(X.shape[1])
 
 
 def baseline_forecasts(weather, starts, W):
@@ -314,7 +304,7 @@ def baseline_forecasts(weather, starts, W):
         "persistence": np.repeat(weather.truth[past[:, -1:]], weather.horizon, axis=1),
         "seasonal_naive": np.tile(weather.truth[past[:, -weather.steps_a_day :]], days),
         "climatology": climate,
-        "linear": climate + weather.scale[0] * (weather.features(starts) @ W),
+        "linear": climate + weather.scale[0] * (weather.linear_features(starts) @ W),
     }
 
 
@@ -325,7 +315,8 @@ def build_model(options):
     """The forecaster of a checkpoint's options; its linear part is zero."""
     return Forecaster(
         CELLS[options["model"]], len(options["columns"]) + CALENDAR, options["hidden"],
-        options["known"], options["horizon"], options["dropout"], options["loops"],
+        options["known"], options["horizon"], STEPS_A_DAY[options["freq"]],
+        options["dropout"], options["loops"],
     )  # fmt: skip
 
 
@@ -347,7 +338,7 @@ def train(args, name, weather, data, W_xq, device):
     }  # fmt: skip
     torch.manual_seed(args.seed)
     model = build_model(config["options"])
-    model.W_xq.copy_(W_xq)
+    model.W_xq.copy_(torch.from_numpy(W_xq))
     run = Run(args, args.out / f"temp_{name}", config, model.to(device))
     inputs, scale = torch.from_numpy(weather.inputs).to(device), float(weather.scale[0])
     starts = torch.from_numpy(weather.starts["train"])
@@ -377,34 +368,40 @@ def train(args, name, weather, data, W_xq, device):
 def test(run, name, weather, data, linear):
     """Test a trained structure and write its results; returns the content of metrics.json.
 
-    The band comes from the validation errors; then the linear part is fitted with those rows too.
+    The forecast is the mean of the network's and the linear model's, weighted by the share that is
+    best on validation rows. Its band comes from the validation errors; then both linear parts are
+    fitted with those rows too.
     """
+    model, scale = run.model, float(weather.scale[0])
     inputs = torch.from_numpy(weather.inputs).to(run.params[0].device)
-    scale = float(weather.scale[0])
-
-    def degrees(starts):
-        anomalies = forecast(run.model, inputs, weather.past(starts)) * scale
-        return weather.climatology[weather.future(starts)] + anomalies
-
-    W_xq, W_xq_all, W = linear
-    run.model.W_xq.copy_(W_xq)
-    validation = weather.starts["validation"]
-    errors = weather.truth[weather.future(validation)] - degrees(validation)
+    (W_xq, W_xq_all), (W, W_all) = linear
+    model.W_xq.copy_(torch.from_numpy(W_xq))
+    starts = weather.starts["validation"]
+    truth, own = weather.targets(starts), forecast(model, inputs, weather.past(starts))
+    ridge = weather.linear_features(starts) @ W
+    share = min(SHARES, key=lambda s: mean_error(truth, (1 - s) * own + s * ridge))
+    errors = (truth - (1 - share) * own - share * ridge) * scale
     band = np.quantile(errors, BAND, axis=0)  # (2, horizon), degC: by lead time
-    run.model.W_xq.copy_(W_xq_all)
-    run.save_best(run.model, band=band.tolist())
+    with torch.no_grad():
+        model.W_xq.copy_(torch.from_numpy((1 - share) * W_xq_all + share * W_all))
+        for param in (model.recurrence.W_hq, model.recurrence.b_q):
+            param *= 1 - share
+    run.save_best(model, band=band.tolist())
     forecasts, entries = {}, {}
     for part in PARTS:
         starts = weather.starts[part]
-        baselines = baseline_forecasts(weather, starts, W)
-        forecasts[part] = {"model": degrees(starts)} | baselines
-        entries[part] = test_errors(weather.truth[weather.future(starts)], forecasts[part], band)
+        future = weather.future(starts)
+        anomalies = forecast(model, inputs, weather.past(starts)) * scale
+        forecasts[part] = {"model": weather.climatology[future] + anomalies}
+        forecasts[part] |= baseline_forecasts(weather, starts, W_all)
+        entries[part] = test_errors(weather.truth[future], forecasts[part], band)
     split = {part: len(weather.starts[part]) for part in ("train", "validation")}
     split["test"] = len(weather.starts["daily_origins"])
     metrics = run.write_metrics(name, data, split, entries)
     write_predictions(run.folder / "predictions.csv", weather, forecasts["segments"]["model"], band)
     stamp = " (bundled sample)" if data["source"] == "sample" else ""
     print_errors(entries, NAMES[name], f"{NAMES[name]}, test, epoch {run.best['epoch']}{stamp}")
+    print(f"share of the linear model in the forecast: {share:.0%}")
     draw(run, weather, forecasts, band, f"{NAMES[name]}{stamp}")
     print(f"results in {run.folder}: open forecasts.png and lead_time.png; forecast with")
     best = run.folder / "best.pt"
@@ -551,7 +548,7 @@ def train_and_test(args, device):
         training.clear_folder(args.out / "temp_all")
     results, histories = {}, {}
     for name in NAMES if args.model == "all" else [args.model]:
-        run = train(args, name, weather, data, linear[0], device)
+        run = train(args, name, weather, data, linear[0][0], device)
         if training.is_first():
             results[name] = test(run, name, weather, data, linear)
             histories[name] = run.history

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import ctypes
 import io
 import json
 import math
@@ -18,11 +19,10 @@ from torch import distributed
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-import bptt
 from datasets import UserError, remove_stale, whole_file
 from rnn_models import LOOPS, grad_clipping
 
-FORMAT = 3  # of the checkpoints; raise it when what they hold changes
+FORMAT = 4  # of the checkpoints; raise it when what they hold changes
 CELLS = {"rnn": "rnn", "gru": "gru", "lstm": "lstm", "bilstm": "bi_lstm"}  # --model: its cell
 NAMES = {"rnn": "RNN", "gru": "GRU", "lstm": "LSTM", "bilstm": "Bi-LSTM"}
 AVERAGE_EVERY = 5  # steps; the moving average then costs next to nothing
@@ -160,9 +160,19 @@ def start(args, predict, train_and_test):
         train_and_test(args, device)
 
 
+def tune_allocator():
+    """Let glibc keep freed memory for the next tensors; call this once, when a program starts."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return  # not glibc: Windows, macOS, musl
+    mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: tensors up to 32 MiB come from the heap
+    mallopt(-1, 2**30)  # M_TRIM_THRESHOLD: keep up to 1 GiB of freed heap
+
+
 def run_script(main):
     """Call a script's main; end with one line on stderr and status 2 for what a user can mend."""
-    bptt.tune_allocator()
+    tune_allocator()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a console that lacks a character shows "?"
     status = 2

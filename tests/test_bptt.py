@@ -1,112 +1,94 @@
-"""The derived gradients against autograd through the plain loops and against finite differences."""
+"""The derived gradients against autograd through the plain loops and finite differences."""
 
-import threading
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from test_rnn_models import NAMES, all_cells, assert_close, both_loops, random_case
+from torch import nn
 
 import bptt
-import rnn_models
+from rnn_models import CELLS, Recurrence, init_state
 
-FAST = {"rnn": bptt.rnn, "gru": bptt.gru, "lstm": bptt.lstm}
-PLAIN = {"rnn": rnn_models.rnn, "gru": rnn_models.gru, "lstm": rnn_models.lstm}
-# T, B, D, h; products with both sides from 256 on take another way in float32.
-SIZES = [(1, 1, 1, 1), (1, 4, 3, 2), (5, 1, 3, 2), (2, 3, 256, 256), (30, 7, 2, 8)]
-each_cell = pytest.mark.parametrize("cell", FAST)
+# T, B, D, h; an empty batch; products with both sides from 256 on take another way in float32.
+SIZES = [(1, 1, 1, 1), (30, 7, 2, 8), (2, 0, 3, 2), (2, 3, 256, 256), (2, 0, 256, 256)]
 
 
-def example(cell, T=6, B=5, D=4, h=3, dtype=torch.float64):
-    """Random inputs (T, B, D), a state and parameters without W_hq, b_q; all require gradients."""
-    torch.manual_seed(T + B + D + h)
-    params = [param.detach().to(dtype) for param in rnn_models.init_params(cell, D, h, 1)[:-2]]
-    params = [(param + 0.1 * torch.randn_like(param)).requires_grad_() for param in params]
-    inputs = torch.randn(T, B, D, dtype=dtype, requires_grad=True)
-    parts = 2 if cell == "lstm" else 1
-    state = tuple(torch.randn(B, h, dtype=dtype, requires_grad=True) for _ in range(parts))
-    return inputs, state, params
-
-
-def plain(cell, inputs, state, params):
-    """All states and the last one by the plain loops: outputs are H if W_hq is the identity."""
-    h = state[0].shape[1]
-    head = [torch.eye(h, dtype=params[0].dtype), torch.zeros(h, dtype=params[0].dtype)]
-    return PLAIN[cell](inputs, state, [*params, *head])
-
-
-def values_and_gradients(result, leaves):
-    """The states, the last state, and the gradients of a weighted sum of both."""
-    states, last = result
-    generator = torch.Generator().manual_seed(0)
-    weights = [torch.randn(part.shape, generator=generator) for part in (states, *last)]
-    loss = sum((part * W).sum() for part, W in zip((states, *last), weights, strict=True))
-    return [states, *last, *torch.autograd.grad(loss, leaves)]
-
-
-@each_cell
+@all_cells
+@both_loops
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
-def test_equals_autograd_through_the_plain_loops(cell, size, dtype, tolerance):
-    inputs, state, params = example(cell, *size, dtype)
-    leaves = [inputs, *state, *params]
-    expected = values_and_gradients(plain(cell, inputs, state, params), leaves)
-    found = values_and_gradients(FAST[cell](inputs, state, params), leaves)
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+def test_a_recurrence_is_the_cell_and_has_its_gradients(cell, loops, size, dtype, rtol):
+    torch.manual_seed(2)
+    T, B, D, h = size
+    recurrence = Recurrence(cell, D, h, 2, loops).to(dtype)
+    params = [nn.init.normal_(param, std=h**-0.5) for param in recurrence.parameters()]
+    assert " ".join(recurrence.state_dict()) == NAMES[cell]
+    inputs = torch.randn(D, B, T, dtype=dtype).transpose(0, 2).requires_grad_()  # not contiguous
+    lengths = torch.randint(1, T + 1, (B,))
+    outputs = recurrence.output(recurrence(inputs, lengths))
+    options = [lengths] if cell == "bi_lstm" else []
+    expected, _ = CELLS[cell](inputs, init_state(cell, B, h, dtype=dtype), params, *options)
+    assert_close([outputs], [expected], tolerance=rtol)
+    weights = torch.randn_like(expected)
+    gradients = [torch.autograd.grad(Y, [inputs, *params], weights) for Y in (outputs, expected)]
+    assert_close(*gradients, tolerance=rtol)
 
 
-@each_cell
-def test_gradients_equal_finite_differences(cell):
-    inputs, state, params = example(cell, 4, 3, 2, 3)
+@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
+def test_from_any_state_values_are_the_plain_loops_and_gradients_finite_differences(cell):
+    inputs, state, params = random_case(cell)
+    leaves = [inputs, *state, *params[:-2]]
 
-    def function(inputs, *rest):
-        states, last = FAST[cell](inputs, rest[: len(state)], rest[len(state) :])
+    def fast(inputs, *rest):
+        states, last = getattr(bptt, cell)(inputs, rest[: len(state)], rest[len(state) :])
         return states, *last
 
-    assert torch.autograd.gradcheck(function, (inputs, *state, *params))
+    outputs, last = CELLS[cell](inputs, state, params)
+    found, *found_last = fast(*leaves)
+    assert_close([found @ params[-2] + params[-1], *found_last], [outputs, *last])
+    assert torch.autograd.gradcheck(fast, leaves, fast_mode=True)
 
-
-@each_cell
-def test_accepts_any_memory_layout(cell):
-    _, state, params = example(cell)
-    inputs = torch.randn(5, 4, 6, dtype=torch.float64).permute(2, 0, 1).requires_grad_()
-    leaves = [inputs, *params]
-    for view in (lambda states: states, lambda states: states.transpose(0, 2)[:, :, ::2]):
-        expected = torch.autograd.grad(view(plain(cell, inputs, state, params)[0]).sum(), leaves)
-        found = torch.autograd.grad(view(FAST[cell](inputs, state, params)[0]).sum(), leaves)
-        torch.testing.assert_close(found, expected)
-
-
-@each_cell
-def test_a_second_backward_pass_gives_the_same_but_a_second_derivative_is_refused(cell):
-    inputs, state, params = example(cell)
-    states, last = FAST[cell](inputs, state, params)
-    loss, leaves = states.square().sum() + last[-1].sum(), [inputs, *state, *params]
+    loss = found.square().sum()
     first = torch.autograd.grad(loss, leaves, retain_graph=True)
-    second = torch.autograd.grad(loss, leaves, create_graph=True)
-    torch.testing.assert_close(first, second, rtol=0, atol=0)
-    with pytest.raises(RuntimeError, match="twice"):
-        second[0].sum().backward()
+    again = torch.autograd.grad(loss, leaves, create_graph=True)
+    assert_close(again, first, tolerance=0)
+    with pytest.raises(RuntimeError, match="twice"):  # a second derivative is refused
+        again[0].sum().backward()
 
 
-@each_cell
-def test_without_gradients_and_in_threads_the_states_are_the_same(cell):
-    inputs, state, params = example(cell)
-    leaves, results = [inputs, *state, *params], []
+@all_cells
+def test_a_recurrence_is_the_same_when_copied_pickled_compiled_or_run_in_threads(cell):
+    torch.manual_seed(2)
+    recurrence, inputs = Recurrence(cell, 4, 6, 3), torch.randn(3, 5, 4)
 
-    def run():
-        results.append(values_and_gradients(FAST[cell](inputs, state, params), leaves))
+    def run(module):
+        states = module(inputs, torch.tensor([3, 1, 2, 2, 3]))
+        return [states, *torch.autograd.grad(states.square().sum(), module.params[:-2])]
 
-    threads = [threading.Thread(target=run) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    expected = values_and_gradients(plain(cell, inputs, state, params), leaves)
-    torch.testing.assert_close(results, [expected] * 4)
-    for context in (torch.no_grad, torch.inference_mode):
-        with context():
-            found, _ = FAST[cell](inputs, state, params)
-        assert torch.equal(found, results[0][0]) and not found.requires_grad
+    expected = run(recurrence)
+    pickled = pickle.loads(pickle.dumps(recurrence))
+    compiled = torch.compile(recurrence, backend="eager")
+    results = [run(module) for module in (copy.deepcopy(recurrence), pickled, compiled)]
+    with ThreadPoolExecutor(4) as executor:
+        results += executor.map(run, [recurrence] * 20)
+    for result in results:
+        assert_close(result, expected, tolerance=1e-5)
 
 
-def test_tuning_the_allocator_may_be_called_anywhere():
-    bptt.tune_allocator()
+@all_cells
+@both_loops
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_recurrence_trains_under_autocast_to_bfloat16(cell, loops, dtype):
+    torch.manual_seed(3)
+    recurrence, inputs = Recurrence(cell, 4, 6, 3, loops), torch.randn(3, 5, 4).to(dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = recurrence(inputs).float()
+    results = []
+    for states in (found, recurrence(inputs.float())):
+        gradients = torch.autograd.grad(states.sum() / 5, recurrence.params[:-2])
+        results.append([states, *gradients])
+    # The fast loops keep the parameters' precision, the plain ones compute in bfloat16.
+    assert_close(*results, tolerance=1e-6 if loops == "fast" else 0.05)

@@ -203,45 +203,34 @@ def ridge(X, Y, penalty):
     return np.linalg.lstsq(np.vstack([X, np.diag(np.sqrt(penalty))]), targets, rcond=None)[0]
 
 
-@pytest.mark.parametrize("signal", [0.0, 0.15, 3.0])
-def test_ridge_takes_the_penalty_with_the_least_validation_error(signal):
-    generator = np.random.default_rng(1)
-    X = np.c_[generator.standard_normal((60, 8)), np.ones(60)]
-    Y = signal * X[:, :2] + 1 + generator.standard_normal((60, 2))
-    # 20 training rows, 40 of validation; each many times, so that there are too many for one step.
-    X, Y = (np.repeat(table, np.r_[[250] * 20, [120] * 40], axis=0) for table in (X, Y))
-    train, validation = np.arange(5000), np.arange(5000, 9800)
-    penalties = [np.r_[[p] * 8, 1e-9] for p in (2.5, 2500.0, 2.5e6)]
-    fits = [ridge(X[train], Y[train], p) for p in penalties]
-    best = np.argmin([np.abs(Y[validation] - X[validation] @ W).mean() for W in fits])
-    first, both = script.fit_ridge(X.__getitem__, Y.__getitem__, train, validation, penalties)
-    assert first == pytest.approx(fits[best])
-    assert both == pytest.approx(ridge(X, Y, penalties[best]))
-
-
-def seasonal_features(weather, starts):
-    """[x, x sin, x cos]: x the five days that are known, and 1; the season of the last of them."""
-    x = np.c_[weather.inputs[weather.past(starts), 0], np.ones(len(starts))].astype(float)
-    sine, cosine = weather.inputs[starts + 4, -4:-2].T[:, :, None]
-    return np.c_[x, x * sine, x * cosine]
-
-
-def test_linear_models_are_fitted_to_their_windows_and_leave_the_constant_free():
-    weather = weather_of(wandering().assign(p=np.arange(800) % 7.0), "--features", "all")
-    free = 1e-9
+@pytest.mark.parametrize("signal", [0.1, 3.0])
+def test_the_linear_models_are_the_ridge_regressions_with_the_least_validation_error(signal):
+    frame = wandering().assign(p=np.random.default_rng(1).standard_normal(800))
+    frame[TARGET] += signal * frame["p"].shift(2, fill_value=0)
+    weather, free = weather_of(frame, "--features", "all"), 1e-9
     train, validation = weather.starts["train"], weather.starts["validation"]
-    (W_xq, W_xq_all, W), both = script.fit_linear_models(weather), np.r_[train, validation]
+    found = script.fit_linear_models(weather)
 
-    def fitted(found, X, starts, penalties):
-        Y = weather.inputs[weather.future(starts), 0].astype(float)
-        return any(np.allclose(found, ridge(X, Y, p), rtol=1e-3, atol=1e-4) for p in penalties)
+    def features(starts):
+        X = weather.inputs[weather.past(starts)].astype(float)  # (n, 5, 6)
+        columns, one, waves = X[:, :, :2], np.ones(len(starts)), X[:, -1, 2:].T[:, :, None]
+        x = np.c_[columns[:, :, 0], one]
+        z = np.c_[columns.reshape(len(starts), 10), columns[:, -1], one]  # a day's mean is its step
+        products = [x * waves[0], x * waves[1], z, *(z * wave for wave in waves)]
+        return np.concatenate([x, *products], axis=1)  # 18 features of x, 65 of z
 
-    grid = [(p, p * s) for p in script.PENALTIES for s in script.SEASON]
-    penalties = [np.r_[[p] * 5, free, [q] * 12] for p, q in grid]
-    for found, starts in ((W_xq, train), (W_xq_all, both)):
-        assert fitted(found, seasonal_features(weather, starts), starts, penalties)
-    X = np.c_[weather.inputs[weather.past(both), :2].reshape(len(both), 10), np.ones(len(both))]
-    assert fitted(W, X.astype(float), both, [np.r_[[p] * 10, free] for p in script.PENALTIES])
+    def fit(starts, size, penalty, times):
+        factors = np.r_[[1] * 6, [times] * 12, [1] * 13, [times] * 52][:size]
+        factors[5] = free / penalty
+        return ridge(features(starts)[:, :size], weather.targets(starts), penalty * factors)
+
+    X, Y = features(validation), weather.targets(validation)
+    for size, matrices in zip((18, 83), found, strict=True):
+        choices = [(p, q) for p in script.PENALTIES for q in script.INTERACTIONS]
+        best = min(choices, key=lambda c: np.abs(Y - X[:, :size] @ fit(train, size, *c)).mean())
+        for W, starts in zip(matrices, (train, np.r_[train, validation]), strict=True):
+            assert np.allclose(W[:size], fit(starts, size, *best), rtol=1e-3, atol=1e-4)
+            assert not W[size:].any()
 
 
 def made_weather(index, values, climatology, starts, **others):
@@ -257,7 +246,7 @@ def test_baselines_by_hand():
     weather = made_weather(index, values, 100 + 2 * values, {}, **sizes)
     # Steps 10..13 are known, 14..17 come; a day has two steps.
     # Anomalies: -100 - step. The linear model takes the first one, 1, minus the last one, nothing.
-    W = np.zeros((5, 4))
+    W = np.zeros((3 * 5 + 5 * 5, 4))
     W[0, 0], W[4, 1], W[3, 2] = 1, 1, -1
     found = script.baseline_forecasts(weather, np.array([10, 21]), W)
     assert {name: forecast.tolist() for name, forecast in found.items()} == {
@@ -271,12 +260,11 @@ def test_baselines_by_hand():
 def test_fewer_windows_than_hours_between_them_still_train(tmp_path):
     index = pd.date_range("2009-01-01", periods=2400, freq="10min")
     values, starts = np.sin(np.arange(2400) / 23), {"train": np.arange(5)}
-    starts["validation"] = np.arange(100, 110)
-    sizes = {"steps_a_day": 144, "known": 6, "horizon": 3}
+    starts["validation"] = np.arange(300, 310)
+    sizes = {"steps_a_day": 144, "known": 144, "horizon": 3}
     weather = made_weather(index, values, 0 * values, starts, **sizes)
     args = script.parse_args(["--epochs", "2", "--hidden", "3", "--out", str(tmp_path)])
-    W_xq = torch.zeros(21, 3)
-    run = script.train(args, "rnn", weather, {"sha256": ""}, W_xq, torch.device("cpu"))
+    run = script.train(args, "rnn", weather, {"sha256": ""}, np.zeros((1, 1)), torch.device("cpu"))
     assert run.steps == 2
 
 
@@ -377,8 +365,9 @@ def test_the_comparison_shows_the_four_runs_and_the_baselines(finished):
         assert [float(cell) for cell in line.split()[-4:]] == pytest.approx(numbers, abs=6e-4)
 
 
-def test_an_untrained_network_is_the_linear_forecast_and_its_band_holds_80_percent(
-    daily_path, tmp_path, monkeypatch
+@pytest.mark.parametrize("lr", [1e-12, 0.02])
+def test_the_forecast_is_the_mean_of_network_and_linear_model_with_a_band_of_80_percent(
+    lr, tmp_path, monkeypatch, capsys
 ):
     losses, step = [], training.Run.step
 
@@ -387,29 +376,49 @@ def test_an_untrained_network_is_the_linear_forecast_and_its_band_holds_80_perce
         step(self, loss)
 
     monkeypatch.setattr(training.Run, "step", recorded)
-    options = ["--lr", 1e-12, "--average", 0, "--data", daily_path, "--out", tmp_path]
-    run_main(script, *DAILY, 1, "--model", "gru", *options)
-    weather, run = weather_of(pd.read_csv(daily_path)), tmp_path / "temp_gru"
-    W_xq, W_xq_all, _ = script.fit_linear_models(weather)
+    frame = wandering().assign(p=np.random.default_rng(1).standard_normal(800))
+    frame[TARGET] += 0.2 * frame["p"].shift(1, fill_value=0)
+    frame.to_csv(tmp_path / "daily.csv", index=False)
+    options = ["--lr", lr, "--average", 0, "--features", "all", "--data", tmp_path / "daily.csv"]
+    run_main(script, *DAILY, 1, "--model", "gru", *options, "--out", tmp_path)
+    output, run = capsys.readouterr().out, tmp_path / "temp_gru"
+    weather = weather_of(frame, "--features", "all")
+    (W_xq, W_xq_all), (W, W_all) = script.fit_linear_models(weather)
+    model, last = (torch.load(run / name) for name in ("best.pt", "last.pt"))
+    model = script.build_model(model["options"]).eval()
+    weights = {key[7:]: value for key, value in last["averaged"].items() if key[:7] == "module."}
+    model.load_state_dict(weights | {"W_xq": torch.zeros_like(model.W_xq)})
 
-    def degrees(starts, W_xq=W_xq):
-        anomalies = seasonal_features(weather, starts) @ W_xq.numpy() * weather.scale[0]
-        return weather.climatology[weather.future(starts)] + anomalies
+    def own(starts, W_xq):  # the network alone, on its linear part
+        inputs = torch.from_numpy(weather.inputs[weather.past(starts)]).transpose(0, 1)
+        return model(inputs).detach().numpy() + weather.linear_features(starts) @ W_xq
+
+    def degrees(starts, anomalies):
+        return weather.climatology[weather.future(starts)] + anomalies * weather.scale[0]
 
     for part in ("train", "validation"):
         starts = weather.starts[part]
-        errors = weather.truth[weather.future(starts)] - degrees(starts)
+        truth = weather.truth[weather.future(starts)]
+        errors = truth - degrees(starts, own(starts, W_xq))
         found = history(run)[f"{part}_mean_error"].to_numpy()
         assert found == pytest.approx(np.abs(errors).mean(), abs=1e-4)
-    # An epoch's batches are all 286 windows: four times 64, and 30.
-    trained = np.average(losses, weights=[64, 64, 64, 64, 30])
-    assert trained == pytest.approx(history(run)["train_mean_error"][0], abs=1e-4)
+    if lr < 1e-9:  # an epoch's batches are all 286 windows: four times 64, and 30
+        trained = np.average(losses, weights=[64, 64, 64, 64, 30])
+        assert trained == pytest.approx(history(run)["train_mean_error"][0], abs=1e-4)
+    ridge = weather.linear_features(starts) @ W
+
+    def mixed(share):
+        return truth - degrees(starts, (1 - share) * own(starts, W_xq) + share * ridge)
+
+    share = min((0, 0.25, 0.5, 0.75, 1), key=lambda share: np.abs(mixed(share)).mean())
+    assert f"share of the linear model in the forecast: {share:.0%}" in output and 0 < share < 1
     # The band: linear interpolation between the sorted validation errors of each lead time.
-    places = np.linspace(0, 1, len(errors))
-    band = [[np.interp(q, places, np.sort(column)) for column in errors.T] for q in (0.1, 0.9)]
-    saved = torch.load(run / "best.pt", weights_only=True)
-    assert np.array(saved["band"]) == pytest.approx(np.array(band), abs=1e-4)
-    expected = degrees(weather.starts["segments"], W_xq_all)
+    columns, places = np.sort(mixed(share), axis=0).T, np.linspace(0, 1, len(starts))
+    band = np.array([[np.interp(q, places, column) for column in columns] for q in (0.1, 0.9)])
+    assert np.array(torch.load(run / "best.pt")["band"]) == pytest.approx(band, abs=1e-4)
+    starts = weather.starts["segments"]
+    linear = share * weather.linear_features(starts) @ W_all
+    expected = degrees(starts, (1 - share) * own(starts, W_xq_all) + linear)
     columns = np.stack([expected, expected + band[0], expected + band[1]], axis=2).reshape(-1, 3)
     rows = pd.read_csv(run / "predictions.csv")[SHOWN].to_numpy()
     assert rows == pytest.approx(columns, abs=2e-3)
