@@ -2,7 +2,7 @@
 
     python bench.py                              the table, on two threads of the CPU
     python bench.py --device cuda --cuda-graphs  on a GPU, our recurrences recorded as CUDA graphs
-    python bench.py --quick --json bench.json    fewer rounds; write the numbers to a file too
+    python bench.py --quick                      fewer rounds
 
 Ours, torch's and the plain loops (under autograd) take turns within one process, and medians are
 compared, so that other work on the machine disturbs all three alike. Each has a linear head.
@@ -13,7 +13,6 @@ import argparse
 import platform
 import statistics
 import time
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -87,7 +86,6 @@ def measure(cell, shape, device, rounds, cuda_graphs=False):
                 if turn >= 2:  # the first two warm up
                     times[kind].append(1000 * (time.perf_counter() - start))
         result[name] = {kind: statistics.median(times[kind]) for kind in KINDS}
-        result[f"{name}_ratio"] = result[name]["ours"] / result[name]["torch"]
     return result
 
 
@@ -99,7 +97,6 @@ def parse_args():
     add("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
     add("--threads", type=training.number(int, 1, 1024), default=2, help="CPU threads (default: 2)")
     add("--quick", action="store_true", help="3 rounds instead of 15")
-    add("--json", type=Path, metavar="FILE", help="write the numbers to FILE too")
     add("--cuda-graphs", action="store_true", help="record ours as CUDA graphs")
     args = parser.parse_args()
     if args.cuda_graphs and not args.device.startswith("cuda"):
@@ -112,27 +109,22 @@ def main():
     args = parse_args()
     device = training.pick_device(args.device)
     torch.set_num_threads(args.threads)
-    cuda, rows = device.type == "cuda", []
+    cuda, ratios = device.type == "cuda", {"train": [], "inference": []}
     name = torch.cuda.get_device_name(device) if cuda else platform.machine()
-    machine = f"{name}, {args.threads} threads, torch {torch.__version__}"
-    print(f"{machine}; milliseconds, first of a training step, then of inference\n\n{HEADER}")
+    print(f"{name}, {args.threads} threads, torch {torch.__version__}; milliseconds, first of a "
+          f"training step, then of inference\n\n{HEADER}")  # fmt: skip
     for shape in GPU_SHAPES if cuda else SHAPES:
         for cell in LAYERS:
-            row = measure(cell, shape, device, 3 if args.quick else 15, args.cuda_graphs)
+            times = measure(cell, shape, device, 3 if args.quick else 15, args.cuda_graphs)
             numbers = []
-            for mode in ("train", "inference"):
-                numbers += [row[mode][kind] for kind in KINDS] + [row[f"{mode}_ratio"]]
+            for mode, own in times.items():
+                ratios[mode].append(own["ours"] / own["torch"])
+                numbers += [*own.values(), ratios[mode][-1]]
             texts = [", ".join(map(str, shape)), cell, *(f"{number:.2f}" for number in numbers)]
             print(f"| {' | '.join(texts)} |", flush=True)
-            rows.append({"shape": shape, "cell": cell, **row})
-    means = {}
-    for mode in ("train", "inference"):
-        ratios = [row[f"{mode}_ratio"] for row in rows]
-        means[mode] = statistics.geometric_mean(ratios)
-        print(f"\n{mode}, ours/torch: geometric mean {means[mode]:.2f}, largest {max(ratios):.2f}")
-    if args.json:
-        content = {"machine": machine, "rows": rows, "geometric_means": means}
-        training.write_json(args.json, content)
+    for mode, own in ratios.items():
+        mean = statistics.geometric_mean(own)
+        print(f"\n{mode}, ours/torch: geometric mean {mean:.2f}, largest {max(own):.2f}")
 
 
 if __name__ == "__main__":

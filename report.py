@@ -1,7 +1,6 @@
 """Print the tables of README and REPORT from finished runs, for pasting; no file is changed.
 
-    python report.py RUNS                 RUNS: a folder of --out folders, one for each seed
-    python report.py RUNS --bench FILE    the speed table too, from bench.py --json FILE
+    python report.py RUNS    RUNS: a folder of --out folders, one for each seed
 
 Runs that differ only in their seed and folder are one row: mean ± standard deviation.
 """
@@ -110,32 +109,16 @@ def temp_table(groups):
     return markdown_table(header, sorted(rows, key=lambda row: row[0]))
 
 
-def bench_table(path):
-    """The table of a file that bench.py --json wrote."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    rows = []
-    for row in content["rows"]:
-        times = [f"{row['train'][kind]:.1f}" for kind in ("ours", "torch", "plain")]
-        ratios = [f"{row[f'{mode}_ratio']:.2f}" for mode in ("train", "inference")]
-        rows.append([", ".join(map(str, row["shape"])), row["cell"], *times, *ratios])
-    means = [f"{content['geometric_means'][mode]:.2f}" for mode in ("train", "inference")]
-    rows.append(["几何平均", "", "", "", "", *means])
-    header = ["T, B, D, h", "结构", "本项目，毫秒", "torch", "朴素循环", "训练比", "推理比"]
-    return f"{markdown_table(header, rows)}\n\n{content['machine']}"
-
-
 def main():
     """Print all tables."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("runs", type=Path, help="folder of the runs' --out folders")
-    parser.add_argument("--bench", type=Path, help="what bench.py --json wrote")
     args = parser.parse_args()
     groups = collect(args.runs)
     text = groups["text"]
     tables = [text_table(text), class_table(text)] if text else []
     tables += [temp_table(groups["temp"])] if groups["temp"] else []
-    tables += [bench_table(args.bench)] if args.bench else []
     print("\n\n".join(tables))
 
 
