@@ -35,7 +35,7 @@ CALENDAR = 4  # features: sine and cosine of the year and of the day
 CURVE_WINDOWS = 5000  # training windows on which the curves' training error is measured
 PENALTIES = 10.0 ** np.arange(-1, 6)  # of the ridge regressions
 INTERACTIONS = (1, 10, 100, 1000, 1e9)  # times the penalty, of weights that change; 1e9: none
-SHARES = (0, 0.25, 0.5, 0.75, 1)  # of the linear model in the forecast
+SHARES = (0, 0.25, 0.5, 0.75)  # of the linear model in the forecast
 BAND = (0.1, 0.9)  # quantiles of the validation errors: the 80 % band
 PARTS = {"segments": "7-day segments", "daily_origins": "daily origins"}
 # Chosen on validation rows of the hourly Jena series.

@@ -410,7 +410,7 @@ def test_the_forecast_is_the_mean_of_network_and_linear_model_with_a_band_of_80_
     def mixed(share):
         return truth - degrees(starts, (1 - share) * own(starts, W_xq) + share * ridge)
 
-    share = min((0, 0.25, 0.5, 0.75, 1), key=lambda share: np.abs(mixed(share)).mean())
+    share = min((0, 0.25, 0.5, 0.75), key=lambda share: np.abs(mixed(share)).mean())
     assert f"share of the linear model in the forecast: {share:.0%}" in output and 0 < share < 1
     # The band: linear interpolation between the sorted validation errors of each lead time.
     columns, places = np.sort(mixed(share), axis=0).T, np.linspace(0, 1, len(starts))
