@@ -306,8 +306,8 @@ class TextClassifier(nn.Module):
 class Forecaster(nn.Module):
     """A recurrence that corrects a linear forecast: all steps ahead at once, from its last state.
 
-    Y = H_T W_hq + b_q + z W_xq, with z the `linear_features` of the known steps. W_xq is fitted
-    beforehand and is not trained.
+    Y = f W_xq + share * (H_T W_hq + b_q), f the `linear_features` of the known steps. W_xq and
+    share are set from outside and are not trained.
     """
 
     def __init__(
@@ -324,17 +324,19 @@ class Forecaster(nn.Module):
         for name, param in self.recurrence.named_parameters():
             if name.startswith("b_f"):  # with 1 the LSTM overfits within two epochs
                 nn.init.zeros_(param)
-        features = self.linear_features(torch.zeros(known, 1, num_inputs), steps_a_day)
-        self.register_buffer("W_xq", torch.zeros(features.shape[1], horizon))
+        blocks = self.linear_features(torch.zeros(known, 1, num_inputs), steps_a_day)
+        self.register_buffer("W_xq", torch.zeros(sum(f.shape[1] for f in blocks), horizon))
+        self.register_buffer("share", torch.ones(()))
         self.dropout = nn.Dropout(dropout)
 
     @staticmethod
     def linear_features(inputs, steps_a_day):
-        """Features (B, F) of a linear forecast from inputs (T, B, D): x, the first column in means
-        of an hour, and its products with sine and cosine of the year; z, the means of each day and
-        the hours of the last day, all columns, and its products with those of the day too.
+        """Eight blocks (B, *) of features from inputs (T, B, D): x, x sin_y, x cos_y, z, z sin_y,
+        z cos_y, z sin_d, z cos_d, with sine and cosine of the year and of the day at the last step.
 
-        The products let the weights change with season and hour. Both x and z end with a 1.
+        x: the first column, in means of an hour where steps are shorter. z: of all columns the
+        daily means and the hours of the last day. Both end with a 1. The products let the weights
+        change with season and hour.
         """
         per_day = min(24, steps_a_day)
         hours = inputs[:, :, :-4].unflatten(0, (-1, steps_a_day // per_day)).mean(1)
@@ -342,13 +344,12 @@ class Forecaster(nn.Module):
         x, z = hours[:, :, :1], torch.cat([days, hours[-per_day:]])
         x, z = (nn.functional.pad(v.transpose(0, 1).flatten(1), (0, 1), value=1.0) for v in (x, z))
         sin_y, cos_y, sin_d, cos_d = inputs[-1, :, -4:].t()[:, :, None]  # (B, 1) each
-        products = [z, z * sin_y, z * cos_y, z * sin_d, z * cos_d]
-        return torch.cat([x, x * sin_y, x * cos_y, *products], dim=1)
+        return x, x * sin_y, x * cos_y, z, z * sin_y, z * cos_y, z * sin_d, z * cos_d
 
     def forward(self, inputs):
         """Forecasts (B, Q) from the known steps (T, B, D), which both directions read alone."""
         states = self.recurrence(inputs)  # (T, B, h)
         lengths = torch.full((inputs.shape[1],), len(inputs), device=inputs.device)
         last = pool_states(states, lengths, "last", self.recurrence.cell == "bi_lstm")
-        linear = self.linear_features(inputs, self.steps_a_day) @ self.W_xq  # (B, Q)
-        return linear + self.recurrence.output(self.dropout(last))
+        features = torch.cat(self.linear_features(inputs, self.steps_a_day), dim=1)  # (B, F)
+        return features @ self.W_xq + self.share * self.recurrence.output(self.dropout(last))

@@ -4,10 +4,11 @@
     python temp_forecast.py --model all --features all   all four, from all columns
     python temp_forecast.py --checkpoint runs/temp_lstm/best.pt --predict recent.csv
 
-The first --train-years years train, their last fifth validates, all that follows tests: 7-day
-segments from the first midnight on, 5 days in, 2 days out, and beside them every forecast that
-starts at a midnight. Errors are absolute, in degC. The network sees and forecasts anomalies, the
-difference from a smooth climatology of the training years, and corrects a linear forecast.
+The last fifth of the first six years (--train-years) validates, the rest of them trains. What
+follows tests, in separate 7-day segments, 5 days in and 2 out, and from every midnight. Errors are
+absolute, in degC. All models see and forecast anomalies: differences from the climatology, a smooth
+yearly and daily cycle fitted to the six years. The network corrects a small ridge regression, on
+the temperatures; the forecast is the mean of this and of a large one, on all columns.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ import sys
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -33,11 +35,11 @@ STAMP = "%d.%m.%Y %H:%M:%S"
 STEPS_A_DAY = {"h": 24, "10min": 144, "D": 1}
 CALENDAR = 4  # features: sine and cosine of the year and of the day
 CURVE_WINDOWS = 5000  # training windows on which the curves' training error is measured
-PENALTIES = 10.0 ** np.arange(-1, 6)  # of the ridge regressions
-INTERACTIONS = (1, 10, 100, 1000, 1e9)  # times the penalty, of weights that change; 1e9: none
-SHARES = (0, 0.25, 0.5, 0.75)  # of the linear model in the forecast
+PENALTIES = 10.0 ** np.arange(-1, 6)  # that ridge regression tries
+FACTORS = (1, 10, 100, 1000, 1e9)  # times the penalty: of products with season and hour; 1e9: none
+SHARES = (1, 0.75, 0.5, 0.25)  # of the network in the forecast; the rest is the large ridge's
 BAND = (0.1, 0.9)  # quantiles of the validation errors: the 80 % band
-PARTS = {"segments": "7-day segments", "daily_origins": "daily origins"}
+PARTS = {"segments": "segments", "daily_origins": "daily origins"}
 # Chosen on validation rows of the hourly Jena series.
 DEFAULTS = {
     "model": "lstm", "epochs": 6, "patience": 3, "batch_size": 128, "hidden": 64, "dropout": 0.3,
@@ -63,12 +65,12 @@ def parse_args(arguments=None):
 
 
 def read_series(frame, path, freq):
-    """A DataFrame's numeric columns as means of steps of `freq`, without flaws, indexed by time.
+    """A DataFrame's numeric columns as means of steps of `freq`, cleaned and indexed by time.
 
-    Rows are sorted, repeated stamps averaged; -9999, impossible values and words are missing; a
-    step needs three quarters of its rows; gaps of up to three hours are interpolated; directions
-    in degrees become sine and cosine. One line reports it all. Raises UserError for a missing
-    column, a date that cannot be read, and a file without enough temperatures.
+    Repeated stamps are averaged; -9999, impossible values and texts count as missing, and so does
+    a step with less than three quarters of its rows; gaps of up to three hours are interpolated, in
+    the test part too; directions in degrees become sine and cosine. One line reports it all. Raises
+    UserError for a missing column, an unreadable date, and a file without enough temperatures.
     """
     datasets.check_columns(frame, ("Date Time", TARGET), path)
     stamps = read_stamps(frame["Date Time"], path)
@@ -76,7 +78,7 @@ def read_series(frame, path, freq):
     values = raw.apply(pd.to_numeric, errors="coerce").astype(float)
     not_numbers = (values.isna() & raw.notna()).sum()
     impossible = (values <= -999) | np.isinf(values)
-    impossible[TARGET] |= ~values[TARGET].between(-90, 60) & values[TARGET].notna()
+    impossible[TARGET] |= values[TARGET].lt(-90) | values[TARGET].gt(60)
     values = values.mask(impossible)
     if not values[TARGET].notna().any():
         raise UserError(f"{path} has no temperatures in its column {TARGET!r}; check the file")
@@ -85,7 +87,7 @@ def read_series(frame, path, freq):
         values[f"{name} sine"], values[f"{name} cosine"] = np.sin(angle), np.cos(angle)
     values.index = stamps
     repeated = int(values.index.duplicated().sum())
-    values = values.sort_index().groupby(level=0).mean()
+    values = values.groupby(level=0).mean()  # sorts
     bins, width = values.resample(freq), pd.Timedelta(days=1) / STEPS_A_DAY[freq]
     spacing = values.index.to_series().diff().median()
     expected = 1.0 if pd.isna(spacing) else max(1.0, width / spacing)  # rows in a step
@@ -94,16 +96,14 @@ def read_series(frame, path, freq):
     series = series.apply(fill_short_gaps, longest=3 * STEPS_A_DAY[freq] // 24)
     filled = int((missing & series[TARGET].notna()).sum())
     first, last = series.index[[0, -1]].strftime("%Y-%m-%d %H:%M")
-    noted = (
-        ", ".join(f"{count} in {name}" for name, count in not_numbers.items() if count) or "none"
-    )
+    texts = [f"{count} in {name}" for name, count in not_numbers.items() if count]
     print(
         f"{path}: {len(frame)} rows, {first} to {last}; {repeated} repeated stamps averaged; "
-        f"{int(impossible.to_numpy().sum())} impossible values; no numbers: {noted}; "
+        f"{int(impossible.to_numpy().sum())} impossible values; texts: {', '.join(texts) or 0}; "
         f"{len(series)} steps, {filled} of {int(missing.sum())} missing ones interpolated"
     )
     if missing.mean() > 0.5:
-        raise UserError(f"{path}: half of the steps have no temperature; is --freq right?")
+        raise UserError(f"{path}: over half of the steps have no temperature; is --freq right?")
     return series
 
 
@@ -149,11 +149,11 @@ def harmonics(index, steps_a_day):
 
 
 def fit_climatology(design, values):
-    """Least squares (K, C) of values (N, C) on the design (N, K), leaving out missing values."""
-    there = np.isfinite(values)
+    """Least-squares coefficients (K, C) of values (N, C) on the design (N, K); NaN is left out."""
+    present = np.isfinite(values)
     fits = [
-        np.linalg.lstsq(design[t], v[t], rcond=None)[0]
-        for v, t in zip(values.T, there.T, strict=True)
+        np.linalg.lstsq(design[rows], column[rows], rcond=None)[0]
+        for column, rows in zip(values.T, present.T, strict=True)
     ]
     return np.stack(fits, axis=1)
 
@@ -198,9 +198,18 @@ class Weather:
         return self.inputs[self.future(starts), 0].astype(float)
 
     def linear_features(self, starts):
-        """The features (n, F) of the linear models, of windows that begin at starts (n,)."""
+        """`Forecaster.linear_features` (n, F) of windows that begin at starts (n,)."""
         inputs = torch.from_numpy(self.inputs[self.past(starts)]).transpose(0, 1).double()
-        return Forecaster.linear_features(inputs, self.steps_a_day).numpy()
+        return torch.cat(Forecaster.linear_features(inputs, self.steps_a_day), dim=1).numpy()
+
+    def linear_forecast(self, starts, W):
+        """Scaled anomalies (n, horizon) by the weights W (F, horizon), from starts (n,)."""
+        return np.concatenate([self.linear_features(own) @ W for own in in_parts(starts)])
+
+
+def in_parts(starts):
+    """Starts (n,) in parts whose features fit into the memory."""
+    return np.array_split(starts, len(starts) // 4096 + 1)
 
 
 def prepare(args, series, path):
@@ -211,21 +220,21 @@ def prepare(args, series, path):
     index, steps_a_day = series.index, STEPS_A_DAY[args.freq]
     known, horizon = args.history_days * steps_a_day, args.horizon_days * steps_a_day
     split = int((index < index[0] + pd.DateOffset(years=args.train_years)).sum())
-    fold = split * 4 // 5  # the last fifth of the training years validates
+    train_end = split * 4 // 5
     midnights = np.flatnonzero(index[split:] == index[split:].normalize()) + split
     first_test = int(midnights[0]) if len(midnights) else len(index)
     design = harmonics(index, steps_a_day)
     columns = [TARGET]
     if args.features == "all":
-        usable = series[:fold].notna().mean() > 0.5
+        usable = series[:train_end].notna().mean() > 0.5
         columns += [name for name in series if name != TARGET and usable[name]]
         for name in series.columns.difference(columns):
-            print(f"column {name!r} is left out: it has hardly a value in the training part")
+            print(f"column {name!r} is left out: half of its training values or more are missing")
     values = series[columns].to_numpy(float)  # (N, C)
     complete, length = np.isfinite(values).all(axis=1), known + horizon
     parts = {
-        "train": window_starts(complete, 0, fold, length, 1),
-        "validation": window_starts(complete, fold, split, length, 1),
+        "train": window_starts(complete, 0, train_end, length, 1),
+        "validation": window_starts(complete, train_end, split, length, 1),
         "segments": window_starts(complete, first_test, len(index), length, length),
         "daily_origins": window_starts(complete, first_test, len(index), length, steps_a_day),
     }
@@ -234,15 +243,16 @@ def prepare(args, series, path):
             raise UserError(f"{path} is too short: {len(starts)} whole windows for {part}, 5 are "
                             "needed; lower --train-years or name a longer series")  # fmt: skip
     counts = [f"{len(own)} {part.replace('_', ' ')} (-{out})" for part, (own, out) in parts.items()]
-    print(f"windows (left out for missing values): {', '.join(counts)}")
+    print(f"windows (minus those with missing values): {', '.join(counts)}")
     coefficients = fit_climatology(design[:split], values[:split])
     anomalies = values - design @ coefficients
-    scale = np.nanstd(anomalies[:fold], axis=0)
-    scale[scale <= 1e-6 * np.nanmax(np.abs(values[:fold]), axis=0)] = 1.0  # a constant column
+    scale = np.nanstd(anomalies[:train_end], axis=0)
+    scale[scale <= 1e-6 * np.nanmax(np.abs(values[:train_end]), axis=0)] = 1.0  # a constant column
     return Weather(
-        index, columns, steps_a_day, known, horizon, values[:, 0], coefficients,
-        (design @ coefficients)[:, 0], scale, network_inputs(anomalies, scale, index),
-        {part: starts for part, (starts, _) in parts.items()},
+        index, columns, steps_a_day, known, horizon, truth=values[:, 0], coefficients=coefficients,
+        climatology=(design @ coefficients)[:, 0], scale=scale,
+        inputs=network_inputs(anomalies, scale, index),
+        starts={part: starts for part, (starts, _) in parts.items()},
     )  # fmt: skip
 
 
@@ -254,43 +264,49 @@ def network_inputs(anomalies, scale, index):
 # --- linear models ------------------------------------------------------------------------------
 
 
-def fit_linear_models(weather):
-    """Two ridge regressions in closed form on `Forecaster.linear_features`: on those of x alone, on
-    which the network stands, and on all, the baseline.
+class Ridge(NamedTuple):
+    """A ridge regression's weights (F, horizon), fitted twice with the same penalties."""
 
-    Returns for each two matrices (F, horizon): fitted to the training windows, and to these with
-    those of validation. Of PENALTIES, and of INTERACTIONS, times as much for the products with sine
-    and cosine, those with the least validation error are taken.
+    train: np.ndarray  # to the training windows
+    both: np.ndarray  # to the training and validation windows
+
+
+def fit_linear_models(weather):
+    """Fit the small ridge regression, on the features of x, which the network corrects, and the
+    large one, on all features, which is the linear baseline.
+
+    Each takes the penalty, and the factor for products with season and hour, that have the least
+    validation error. The small one has weights 0 for the features of z.
     """
 
-    def moments(part):
+    def moments(starts):  # X^T X and X^T Y are enough to solve for every penalty
         gram, moment = 0.0, 0.0
-        for starts in np.array_split(weather.starts[part], len(weather.starts[part]) // 4096 + 1):
-            X, Y = weather.linear_features(starts), weather.targets(starts)
+        for own in in_parts(starts):
+            X, Y = weather.linear_features(own), weather.targets(own)
             gram, moment = gram + X.T @ X, moment + X.T @ Y
         return gram, moment
 
-    train = moments("train")
-    both = [own + more for own, more in zip(train, moments("validation"), strict=True)]
-    sample = weather.starts["validation"][:: len(weather.starts["validation"]) // 2000 + 1]
-    X, Y = weather.linear_features(sample), weather.targets(sample)
-    nx = weather.known // weather.steps_a_day * min(24, weather.steps_a_day) + 1
-    nz = (X.shape[1] - 3 * nx) // 5
+    train, validation = (moments(weather.starts[part]) for part in ("train", "validation"))
+    both = [own + more for own, more in zip(train, validation, strict=True)]
+    some = weather.starts["validation"][:: len(weather.starts["validation"]) // 2000 + 1]
+    X, Y = weather.linear_features(some), weather.targets(some)
+    inputs = torch.zeros(weather.known, 1, len(weather.columns) + CALENDAR)
+    sizes = [f.shape[1] for f in Forecaster.linear_features(inputs, weather.steps_a_day)]
+
+    def solve(gram, moment, size, penalty, factor):
+        penalties = penalty * np.repeat([1, factor, factor, 1, *[factor] * 4], sizes)
+        penalties[sizes[0] - 1] = 1e-9  # the constant is free
+        W = np.zeros_like(moment)
+        penalties = np.diag(penalties[:size])
+        W[:size] = np.linalg.solve(gram[:size, :size] + penalties, moment[:size])
+        return W
 
     def fit(size):
-        def solve(gram, moment, penalty, times):
-            factors = [1, times, times, 1, times, times, times, times]
-            penalties = penalty * np.repeat(factors, [nx] * 3 + [nz] * 5)[:size]
-            penalties[nx - 1] = 1e-9  # of the constant
-            W = np.zeros_like(moment)
-            W[:size] = np.linalg.solve(gram[:size, :size] + np.diag(penalties), moment[:size])
-            return W
-
-        choices = product(PENALTIES, INTERACTIONS)
+        choices = product([size], PENALTIES, FACTORS)
         best = min(choices, key=lambda choice: mean_error(Y, X @ solve(*train, *choice)))
-        return solve(*train, *best), solve(*both, *best)
+        return Ridge(solve(*train, *best), solve(*both, *best))
 
-    return fit(3 * nx), fit(X.shape[1])
+    return fit(sum(sizes[:3])), fit(sum(sizes))
 
 
 def baseline_forecasts(weather, starts, W):
@@ -304,7 +320,7 @@ def baseline_forecasts(weather, starts, W):
         "persistence": np.repeat(weather.truth[past[:, -1:]], weather.horizon, axis=1),
         "seasonal_naive": np.tile(weather.truth[past[:, -weather.steps_a_day :]], days),
         "climatology": climate,
-        "linear": climate + weather.scale[0] * (weather.linear_features(starts) @ W),
+        "linear": climate + weather.scale[0] * weather.linear_forecast(starts, W),
     }
 
 
@@ -312,7 +328,7 @@ def baseline_forecasts(weather, starts, W):
 
 
 def build_model(options):
-    """The forecaster of a checkpoint's options; its linear part is zero."""
+    """The untrained forecaster of a checkpoint's options."""
     return Forecaster(
         CELLS[options["model"]], len(options["columns"]) + CALENDAR, options["hidden"],
         options["known"], options["horizon"], STEPS_A_DAY[options["freq"]],
@@ -342,66 +358,72 @@ def train(args, name, weather, data, W_xq, device):
     run = Run(args, args.out / f"temp_{name}", config, model.to(device))
     inputs, scale = torch.from_numpy(weather.inputs).to(device), float(weather.scale[0])
     starts = torch.from_numpy(weather.starts["train"])
-    every = min(max(1, weather.steps_a_day // 8), len(starts))  # windows a few hours apart
-    some = weather.starts["train"][:: len(starts) // CURVE_WINDOWS + 1]
+    stride = min(max(1, weather.steps_a_day // 8), len(starts))  # three hours
+    curve_starts = weather.starts["train"][:: len(starts) // CURVE_WINDOWS + 1]
 
     def error(starts):
         guess = forecast(run.averaged, inputs, weather.past(starts))
-        return mean_error(weather.inputs[weather.future(starts), 0], guess) * scale
+        return mean_error(weather.targets(starts), guess) * scale
 
     for _ in run.epochs():
         model.train()
-        own = starts[int(torch.randint(every, ())) :: every]  # other hours in every epoch
+        own = starts[int(torch.randint(stride, ())) :: stride]  # other hours in every epoch
         for batch in run.progress(own[torch.randperm(len(own))].split(args.batch_size)):
             X = inputs[torch.from_numpy(weather.past(batch)).t()]  # (known, B, D)
             Y = inputs[torch.from_numpy(weather.future(batch)), 0]  # (B, horizon)
             run.step((model(X) - Y).abs().mean() * scale)
         scores = None
         if training.is_first():
-            scores = {"train_mean_error": error(some)}
+            scores = {"train_mean_error": error(curve_starts)}
             scores["validation_mean_error"] = error(weather.starts["validation"])
         run.finish_epoch(scores, monitor="validation_mean_error", mode="min")
     run.load_best()
     return run
 
 
-def test(run, name, weather, data, linear):
-    """Test a trained structure and write its results; returns the content of metrics.json.
+def finish(run, weather, small, large):
+    """Mix the network with the large ridge, in the share that is best on validation rows; then take
+    the weights that were fitted to those rows too, and save the model with its band.
 
-    The forecast is the mean of the network's and the linear model's, weighted by the share that is
-    best on validation rows. Its band comes from the validation errors; then both linear parts are
-    fitted with those rows too.
+    Returns share and band (2, horizon): quantiles of the mixture's validation errors, degC.
     """
-    model, scale = run.model, float(weather.scale[0])
-    inputs = torch.from_numpy(weather.inputs).to(run.params[0].device)
-    (W_xq, W_xq_all), (W, W_all) = linear
-    model.W_xq.copy_(torch.from_numpy(W_xq))
+    model, inputs = run.model, torch.from_numpy(weather.inputs).to(run.params[0].device)
     starts = weather.starts["validation"]
-    truth, own = weather.targets(starts), forecast(model, inputs, weather.past(starts))
-    ridge = weather.linear_features(starts) @ W
-    share = min(SHARES, key=lambda s: mean_error(truth, (1 - s) * own + s * ridge))
-    errors = (truth - (1 - share) * own - share * ridge) * scale
-    band = np.quantile(errors, BAND, axis=0)  # (2, horizon), degC: by lead time
-    with torch.no_grad():
-        model.W_xq.copy_(torch.from_numpy((1 - share) * W_xq_all + share * W_all))
-        for param in (model.recurrence.W_hq, model.recurrence.b_q):
-            param *= 1 - share
+    model.share.fill_(1.0)
+    model.W_xq.copy_(torch.from_numpy(small.train))
+    network = forecast(model, inputs, weather.past(starts))
+    ridge, truth = weather.linear_forecast(starts, large.train), weather.targets(starts)
+
+    def mixture(share):
+        return share * network + (1 - share) * ridge
+
+    share = min(SHARES, key=lambda share: mean_error(truth, mixture(share)))
+    band = np.quantile((truth - mixture(share)) * weather.scale[0], BAND, axis=0)
+    model.share.fill_(share)
+    model.W_xq.copy_(torch.from_numpy(share * small.both + (1 - share) * large.both))
     run.save_best(model, band=band.tolist())
+    return share, band
+
+
+def test(run, name, weather, data, small, large):
+    """Test a trained structure, write its results; returns the content of metrics.json."""
+    share, band = finish(run, weather, small, large)
+    inputs, scale = torch.from_numpy(weather.inputs).to(run.params[0].device), weather.scale[0]
     forecasts, entries = {}, {}
     for part in PARTS:
         starts = weather.starts[part]
         future = weather.future(starts)
-        anomalies = forecast(model, inputs, weather.past(starts)) * scale
+        anomalies = forecast(run.model, inputs, weather.past(starts)) * float(scale)
         forecasts[part] = {"model": weather.climatology[future] + anomalies}
-        forecasts[part] |= baseline_forecasts(weather, starts, W_all)
+        forecasts[part] |= baseline_forecasts(weather, starts, large.both)
         entries[part] = test_errors(weather.truth[future], forecasts[part], band)
     split = {part: len(weather.starts[part]) for part in ("train", "validation")}
     split["test"] = len(weather.starts["daily_origins"])
     metrics = run.write_metrics(name, data, split, entries)
     write_predictions(run.folder / "predictions.csv", weather, forecasts["segments"]["model"], band)
     stamp = " (bundled sample)" if data["source"] == "sample" else ""
-    print_errors(entries, NAMES[name], f"{NAMES[name]}, test, epoch {run.best['epoch']}{stamp}")
-    print(f"share of the linear model in the forecast: {share:.0%}")
+    title = f"{NAMES[name]}, test, epoch {run.best['epoch']}{stamp}"
+    print_errors(entries, f"{title}, {share:.0%} network and {1 - share:.0%} ridge")
     draw(run, weather, forecasts, band, f"{NAMES[name]}{stamp}")
     print(f"results in {run.folder}: open forecasts.png and lead_time.png; forecast with")
     best = run.folder / "best.pt"
@@ -424,14 +446,14 @@ def test_errors(truth, forecasts, band):
     }  # fmt: skip
 
 
-def print_errors(entries, name, title):
+def print_errors(entries, title):
     """Print errors, and skill: the share of a baseline's mean error that the model removes."""
     print(f"\n{title}: absolute errors, degC")
     for part, entry in entries.items():
-        rows = {name: entry} | entry["baselines"]
+        rows = {"model": entry} | entry["baselines"]
         frame = pd.DataFrame.from_dict(rows, orient="index")[["mean_error", "median_error"]]
-        errors = frame["mean_error"].where(frame["mean_error"] > 0)
-        frame["skill of the model"] = 1 - (entry["mean_error"] / errors).drop(name)
+        errors = frame["mean_error"].where(frame["mean_error"] > 0)  # no skill over an error of 0
+        frame["skill of the model"] = 1 - (entry["mean_error"] / errors).drop("model")
         table = frame.to_string(float_format="{:.3f}".format, na_rep="-")
         print(f"\n{PARTS[part]}, {entry['windows']} windows\n{table}")
         print(f"the 80 % band holds {entry['coverage_80']:.1%} of the true values")
@@ -511,6 +533,8 @@ def compare(args, results, histories):
 def predict(args, device):
     """Print the days after the last ones of a file as CSV, with the 80 % band."""
     saved = training.load_checkpoint(args.checkpoint, "temp")
+    if "band" not in saved:
+        raise UserError(f"{args.checkpoint} is of a run that was stopped; finish it with --resume")
     with training.refuse_damaged(args.checkpoint):
         options = saved["options"]
         freq, known, horizon = options["freq"], options["known"], options["horizon"]
@@ -532,7 +556,7 @@ def predict(args, device):
     inputs = torch.from_numpy(network_inputs(anomalies, scale, recent.index)).to(device)
     guess = forecast(model, inputs, np.arange(known)[None])[0] * scale[0]
     values = guess + (harmonics(coming, steps_a_day) @ coefficients)[:, 0]
-    print(f"the last known step begins at {recent.index[-1]:{STAMP}}; the forecast goes from "
+    print(f"the last known step begins at {recent.index[-1]:{STAMP}}; the forecast covers "
           f"{coming[0]:{STAMP}} to {coming[-1]:{STAMP}}", file=sys.stderr)  # fmt: skip
     print(f"Date Time,{TARGET},low 10 % (degC),high 90 % (degC)")
     for stamp, value, low, high in zip(coming, values, *(values + band), strict=True):
@@ -543,14 +567,14 @@ def train_and_test(args, device):
     """Train what --model names, test it, and compare all four."""
     frame, data = datasets.load(datasets.CLIMATE, args.data)
     weather = prepare(args, read_series(frame, data["path"], args.freq), data["path"])
-    linear = fit_linear_models(weather)
+    small, large = fit_linear_models(weather)
     if args.model == "all":
         training.clear_folder(args.out / "temp_all")
     results, histories = {}, {}
     for name in NAMES if args.model == "all" else [args.model]:
-        run = train(args, name, weather, data, linear[0][0], device)
+        run = train(args, name, weather, data, small.train, device)
         if training.is_first():
-            results[name] = test(run, name, weather, data, linear)
+            results[name] = test(run, name, weather, data, small, large)
             histories[name] = run.history
     if args.model == "all" and training.is_first():
         compare(args, results, histories)

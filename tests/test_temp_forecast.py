@@ -226,7 +226,7 @@ def test_the_linear_models_are_the_ridge_regressions_with_the_least_validation_e
 
     X, Y = features(validation), weather.targets(validation)
     for size, matrices in zip((18, 83), found, strict=True):
-        choices = [(p, q) for p in script.PENALTIES for q in script.INTERACTIONS]
+        choices = [(p, q) for p in script.PENALTIES for q in script.FACTORS]
         best = min(choices, key=lambda c: np.abs(Y - X[:, :size] @ fit(train, size, *c)).mean())
         for W, starts in zip(matrices, (train, np.r_[train, validation]), strict=True):
             assert np.allclose(W[:size], fit(starts, size, *best), rtol=1e-3, atol=1e-4)
@@ -274,7 +274,7 @@ def test_errors_coverage_and_skill_by_hand(capsys):
     # truth - model: -0.5 (on the edge) and 0 inside, 1 and -4 outside
     forecasts = {"model": model, "persistence": truth + 1, "linear": truth * 2, "perfect": truth}
     entry = script.test_errors(truth, forecasts, band)
-    script.print_errors({"segments": entry}, "LSTM", "")
+    script.print_errors({"segments": entry}, "")
     assert entry.pop("rmse") == pytest.approx((17.25 / 4) ** 0.5) and entry == {
         "windows": 2, "mean_error": 1.375, "median_error": 0.75, "coverage_80": 0.5,
         "baselines": {"persistence": {"mean_error": 1, "median_error": 1},
@@ -282,7 +282,7 @@ def test_errors_coverage_and_skill_by_hand(capsys):
                       "perfect": {"mean_error": 0, "median_error": 0}},
     }  # fmt: skip
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["LSTM", "1.375", "0.750", "-"] in lines
+    assert ["model", "1.375", "0.750", "-"] in lines
     assert ["linear", "2.500", "2.500", "0.450"] in lines  # 1 - 1.375 / 2.5
     assert ["perfect", "0.000", "0.000", "-"] in lines
     above = script.test_errors(truth, {"model": truth - band[1]}, band)  # on the other edge
@@ -383,7 +383,7 @@ def test_the_forecast_is_the_mean_of_network_and_linear_model_with_a_band_of_80_
     run_main(script, *DAILY, 1, "--model", "gru", *options, "--out", tmp_path)
     output, run = capsys.readouterr().out, tmp_path / "temp_gru"
     weather = weather_of(frame, "--features", "all")
-    (W_xq, W_xq_all), (W, W_all) = script.fit_linear_models(weather)
+    small, large = script.fit_linear_models(weather)
     model, last = (torch.load(run / name) for name in ("best.pt", "last.pt"))
     model = script.build_model(model["options"]).eval()
     weights = {key[7:]: value for key, value in last["averaged"].items() if key[:7] == "module."}
@@ -399,29 +399,32 @@ def test_the_forecast_is_the_mean_of_network_and_linear_model_with_a_band_of_80_
     for part in ("train", "validation"):
         starts = weather.starts[part]
         truth = weather.truth[weather.future(starts)]
-        errors = truth - degrees(starts, own(starts, W_xq))
+        errors = truth - degrees(starts, own(starts, small.train))
         found = history(run)[f"{part}_mean_error"].to_numpy()
         assert found == pytest.approx(np.abs(errors).mean(), abs=1e-4)
     if lr < 1e-9:  # an epoch's batches are all 286 windows: four times 64, and 30
         trained = np.average(losses, weights=[64, 64, 64, 64, 30])
         assert trained == pytest.approx(history(run)["train_mean_error"][0], abs=1e-4)
-    ridge = weather.linear_features(starts) @ W
+    ridge = weather.linear_features(starts) @ large.train
 
     def mixed(share):
-        return truth - degrees(starts, (1 - share) * own(starts, W_xq) + share * ridge)
+        return truth - degrees(starts, share * own(starts, small.train) + (1 - share) * ridge)
 
-    share = min((0, 0.25, 0.5, 0.75), key=lambda share: np.abs(mixed(share)).mean())
-    assert f"share of the linear model in the forecast: {share:.0%}" in output and 0 < share < 1
+    share = min((0.25, 0.5, 0.75, 1), key=lambda share: np.abs(mixed(share)).mean())
+    assert f"{share:.0%} network and {1 - share:.0%} ridge" in output and share < 1
     # The band: linear interpolation between the sorted validation errors of each lead time.
     columns, places = np.sort(mixed(share), axis=0).T, np.linspace(0, 1, len(starts))
     band = np.array([[np.interp(q, places, column) for column in columns] for q in (0.1, 0.9)])
     assert np.array(torch.load(run / "best.pt")["band"]) == pytest.approx(band, abs=1e-4)
     starts = weather.starts["segments"]
-    linear = share * weather.linear_features(starts) @ W_all
-    expected = degrees(starts, (1 - share) * own(starts, W_xq_all) + linear)
+    linear = (1 - share) * weather.linear_features(starts) @ large.both
+    expected = degrees(starts, share * own(starts, small.both) + linear)
     columns = np.stack([expected, expected + band[0], expected + band[1]], axis=2).reshape(-1, 3)
     rows = pd.read_csv(run / "predictions.csv")[SHOWN].to_numpy()
     assert rows == pytest.approx(columns, abs=2e-3)
+    run_main(script, *DAILY, 1, "--model", "gru", *options, "--out", tmp_path, "--resume")
+    again = pd.read_csv(run / "predictions.csv")[SHOWN].to_numpy()  # of a run that was finished
+    assert (again == rows).all()
 
 
 @pytest.mark.parametrize("model", NAMES)
