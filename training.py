@@ -483,6 +483,6 @@ def history_panels(histories, keys):
 
 def write_comparison(folder, rows, content, note):
     """Print a note and the table of rows, dicts; write comparison.json."""
-    table = pd.DataFrame(rows).rename(columns=lambda name: name.replace("_", " "))
-    print(f"\n{note}\n{table.to_string(index=False, float_format='{:.4g}'.format, na_rep='')}")
+    table = pd.DataFrame(rows, dtype=object).rename(columns=lambda name: name.replace("_", " "))
+    print(f"\n{note}\n{table.to_string(index=False, float_format='{:#.4g}'.format, na_rep='')}")
     write_json(folder / "comparison.json", content)
