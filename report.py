@@ -19,15 +19,13 @@ ERRORS = [("segments", "mean_error"), ("segments", "median_error"),
           ("daily_origins", "mean_error"), ("daily_origins", "median_error")]  # fmt: skip
 
 
-def setting_of(argv):
-    """The options of a command line that make a setting: all but seed, folders, model."""
-    words, kept = iter(argv), []
+def setting_of(content):
+    """The data's name and the options that make a setting: all but seed, folders, model."""
+    words, kept = iter(content["argv"]), [Path(content["data"]["path"]).name.split(".")[0]]
     for word in words:
         option, _, value = word.partition("=")
         value = value or (next(words, "") if option != "--resume" else "")
-        if option == "--data" and "jena_hourly" not in value and "online" not in value:
-            kept.append(Path(value).name.split("_")[0])
-        elif option not in ("--seed", "--out", "--model", "--data", "--device", "--resume"):
+        if option not in ("--seed", "--out", "--model", "--data", "--device", "--resume"):
             kept.append(f"{option} {value}")
     return " ".join(kept)
 
@@ -37,7 +35,7 @@ def collect(root):
     groups = {"text": defaultdict(list), "temp": defaultdict(list)}
     for path in sorted(root.rglob("metrics.json")):
         metrics = json.loads(path.read_text(encoding="utf-8"))
-        key = setting_of(metrics["argv"]), metrics["model"]
+        key = setting_of(metrics), metrics["model"]
         groups[metrics["task"]][key].append((path.parent, metrics))
     return groups
 
@@ -70,7 +68,8 @@ def text_table(groups):
         for folder, _ in runs:
             path = folder.parent / "text_all" / "comparison.json"
             if path.exists():
-                means[setting][path] = json.loads(path.read_text(encoding="utf-8"))["rows"][-1]
+                content = json.loads(path.read_text(encoding="utf-8"))
+                means[setting_of(content)][path] = content["rows"][-1]
     for setting, found in means.items():
         scores = [spread([row[key] for row in found.values()]) for key in SCORES]
         rows.append([setting, "四者平均", len(found), *scores, ""])
@@ -78,7 +77,7 @@ def text_table(groups):
     return markdown_table(header, sorted(rows, key=lambda row: row[0]))
 
 
-def class_table(groups, setting="--epochs 20"):
+def class_table(groups, setting="online_shopping_10_cats --epochs 20"):
     """The table of F1 by class: rows of metrics.json's per_class, mean over the seeds."""
     tests = {
         model: [metrics["test"]["per_class"] for _, metrics in runs]

@@ -28,7 +28,7 @@ import training
 from datasets import UserError
 from metrics import mean_error, median_error, rmse
 from rnn_models import Forecaster
-from training import CELLS, NAMES, Run, number
+from training import CELL_OF, NAMES, Run, number
 
 TARGET = "T (degC)"
 STAMP = "%d.%m.%Y %H:%M:%S"
@@ -330,7 +330,7 @@ def baseline_forecasts(weather, starts, W):
 def build_model(options):
     """The untrained forecaster of a checkpoint's options."""
     return Forecaster(
-        CELLS[options["model"]], len(options["columns"]) + CALENDAR, options["hidden"],
+        CELL_OF[options["model"]], len(options["columns"]) + CALENDAR, options["hidden"],
         options["known"], options["horizon"], STEPS_A_DAY[options["freq"]],
         options["dropout"], options["loops"],
     )  # fmt: skip
@@ -522,7 +522,8 @@ def compare(args, results, histories):
     note = f"{stamp}Absolute errors on the test years, degC."
     folder = args.out / "temp_all"
     training.write_comparison(folder, rows, {NAMES[name]: results[name] for name in results}, note)
-    keys = {f"{part} mean error, degC": f"{part}_mean_error" for part in ("train", "validation")}
+    keys = {f"{stamp}Training mean error, degC": "train_mean_error"}
+    keys["Validation mean error, degC"] = "validation_mean_error"
     plots.draw_curves(folder / "comparison.png", training.history_panels(histories, keys))
     print(f"comparison in {folder}: open comparison.png")
 
@@ -534,7 +535,7 @@ def predict(args, device):
     """Print the days after the last ones of a file as CSV, with the 80 % band."""
     saved = training.load_checkpoint(args.checkpoint, "temp")
     if "band" not in saved:
-        raise UserError(f"{args.checkpoint} is of a run that was stopped; finish it with --resume")
+        raise UserError(f"{args.checkpoint} is of a run that was stopped; resume it or train again")
     with training.refuse_damaged(args.checkpoint):
         options = saved["options"]
         freq, known, horizon = options["freq"], options["known"], options["horizon"]
@@ -568,10 +569,8 @@ def train_and_test(args, device):
     frame, data = datasets.load(datasets.CLIMATE, args.data)
     weather = prepare(args, read_series(frame, data["path"], args.freq), data["path"])
     small, large = fit_linear_models(weather)
-    if args.model == "all":
-        training.clear_folder(args.out / "temp_all")
     results, histories = {}, {}
-    for name in NAMES if args.model == "all" else [args.model]:
+    for name in training.chosen(args, "temp"):
         run = train(args, name, weather, data, small.train, device)
         if training.is_first():
             results[name] = test(run, name, weather, data, small, large)

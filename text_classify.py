@@ -32,6 +32,7 @@ from training import NAMES, Run, number
 
 PAD, UNK = 0, 1
 PLACES = ["<pad>", "alone", "first", "inside", "last"]  # 0 to 4: of a character in its word
+BLANKS = "\ufeff \t\r\n\u3000"  # stripped from both ends of a text
 PAIR_MIN_FREQ = 20  # pairs of characters are many; rarer ones are <unk>
 CURVE_ROWS = 5000  # training rows on which the curves' training loss is measured
 REACH = 40  # tokens over which the gradient's reach is measured
@@ -86,7 +87,7 @@ def read_reviews(args):
     frame, data = datasets.load(datasets.REVIEWS, args.data)
     path = data["path"]
     datasets.check_columns(frame, ("review", "cat"), path)
-    texts = frame["review"].astype(str).str.strip("\ufeff \t\r\n\u3000").tolist()
+    texts = frame["review"].astype(str).str.strip(BLANKS).tolist()
     names = frame["cat"].astype(str).str.strip().to_numpy(object)
     usable = np.array([text != "" for text in texts], bool) & (names != "")
     i = np.arange(1, len(texts) + 1)
@@ -148,12 +149,10 @@ def build_vocabularies(cuts, kind, min_freq):
         tokens = [token for token, count in counts.most_common() if count >= least]
         return ["<pad>", "<unk>", *tokens]
 
-    words, chars = Counter(chain.from_iterable(cuts)), Counter()
+    words = Counter(chain.from_iterable(cuts))
     if kind == "word":
         return {"word": frequent(words, min_freq)}
-    for word, count in words.items():
-        for char in word:
-            chars[char] += count
+    chars = Counter(chain.from_iterable(map("".join, cuts)))
     both = Counter(chain.from_iterable(map(pairs, cuts)))
     return {
         "char": frequent(chars, min_freq),
@@ -235,7 +234,7 @@ class Corpus:
 def build_model(options, vocabularies, num_classes):
     """The classifier of a checkpoint's options."""
     return TextClassifier(
-        training.CELLS[options["model"]], [len(tokens) for tokens in vocabularies.values()],
+        training.CELL_OF[options["model"]], [len(tokens) for tokens in vocabularies.values()],
         options["embedding"], options["hidden"], num_classes,
         options["pool"], options["dropout"], options["loops"],
     )  # fmt: skip
@@ -309,7 +308,7 @@ def test(run, name, reviews, corpus):
     write_predictions(run.folder / "predictions.csv", reviews, p)
     stamp = " (bundled sample)" if reviews.data["source"] == "sample" else ""
     print_scores(scores, f"{NAMES[name]}, test rows, epoch {run.best['epoch']}{stamp}")
-    columns = {key: [record[key] for record in run.history] for key in run.history[0]}
+    columns = pd.DataFrame(run.history)
     plots.draw_curves(run.folder / "curves.png", {
         f"{NAMES[name]}: {title}{stamp}": {
             "training": columns[f"train_{key}"], "validation": columns[f"validation_{key}"]
@@ -427,9 +426,11 @@ def compare(args, reviews, results, reach):
     folder = args.out / "text_all"
     training.write_comparison(folder, rows, content, note)
     histories = {name: result["history"] for name, result in results.items()}
-    keys = {"validation cross-entropy": "validation_loss", "macro-F1": "validation_f1_macro"}
+    keys = {f"{stamp}Validation cross-entropy": "validation_loss"}
+    keys["Validation macro-F1"] = "validation_f1_macro"
     plots.draw_curves(folder / "comparison.png", training.history_panels(histories, keys))
-    plots.draw_gradients(folder / "gradients.png", reach, f"--pool {args.pool}, validation texts")
+    title = f"{stamp}--pool {args.pool}, validation texts"
+    plots.draw_gradients(folder / "gradients.png", reach, title)
     print(f"comparison in {folder}: open comparison.png and gradients.png")
 
 
@@ -461,7 +462,7 @@ def predict(args, device):
     given = [args.predict.encode("utf-8", "surrogateescape")]
     lines = iter(sys.stdin.buffer if args.predict == "-" else given)
     while part := list(islice(lines, 256)):
-        texts = [decode(line).strip() for line in part]
+        texts = [decode(line).strip(BLANKS) for line in part]
         ids, counts = encode(cut_words(texts), vocabularies)
         corpus = Corpus(ids, counts, np.zeros(len(texts), np.int64), max_tokens, device)
         best = probabilities(model, corpus, torch.arange(len(texts))).max(dim=1)
@@ -477,10 +478,8 @@ def train_and_test(args, device):
     vocabularies = build_vocabularies(train_cuts, args.tokens, args.min_freq)
     corpus = Corpus(*encode(cuts, vocabularies), reviews.labels, args.max_tokens, device)
     del cuts, train_cuts  # millions of strings
-    if args.model == "all":
-        training.clear_folder(args.out / "text_all")
     results, reach = {}, {}
-    for name in NAMES if args.model == "all" else [args.model]:
+    for name in training.chosen(args, "text"):
         run = train(args, name, reviews, corpus, vocabularies)
         if training.is_first():
             results[name] = test(run, name, reviews, corpus)

@@ -23,7 +23,7 @@ from datasets import UserError, remove_stale, whole_file
 from rnn_models import LOOPS, grad_clipping
 
 FORMAT = 4  # of the checkpoints; raise it when what they hold changes
-CELLS = {"rnn": "rnn", "gru": "gru", "lstm": "lstm", "bilstm": "bi_lstm"}  # --model: its cell
+CELL_OF = {"rnn": "rnn", "gru": "gru", "lstm": "lstm", "bilstm": "bi_lstm"}  # --model: its cell
 NAMES = {"rnn": "RNN", "gru": "GRU", "lstm": "LSTM", "bilstm": "Bi-LSTM"}
 AVERAGE_EVERY = 5  # steps; the moving average then costs next to nothing
 LOWEST_RATE = 0.05  # of --lr, after the descent
@@ -61,7 +61,7 @@ def make_parser(description, **defaults):
     parser = Parser(description=description, formatter_class=formatter, allow_abbrev=False)
     add = parser.add_argument
     share = number(float, 0, 0.999)
-    add("--model", choices=[*CELLS, "all"], help="the recurrence, or all four one after another")
+    add("--model", choices=[*CELL_OF, "all"], help="the recurrence, or all four one after another")
     add("--loops", choices=LOOPS, help="gradients by hand (fast), or the lecture's loops (plain)")
     add("--epochs", type=number(int, 1, 10_000), help="passes over the training data at most")
     add("--patience", type=number(int, 0, 10_000), help="stop after so many epochs without a "
@@ -103,8 +103,10 @@ def parse(parser, arguments=None, presets=None):
         args = parser.parse_args(arguments)
     if (args.predict is None) != (args.checkpoint is None):
         raise UserError("--predict and --checkpoint belong together; give both, or none to train")
-    given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
-    useless = [name for name in given if name not in ("predict", "checkpoint", "device")]
+    useless = [
+        name for name, value in vars(args).items()
+        if value != parser.get_default(name) and name not in ("predict", "checkpoint", "device")
+    ]  # fmt: skip
     if args.predict is not None and useless:
         option = useless[0].replace("_", "-")
         raise UserError(f"--{option} has no effect on --predict; leave it out")
@@ -115,23 +117,26 @@ def parse(parser, arguments=None, presets=None):
 
 
 def pick_device(name):
-    """The torch.device of "auto", "cpu", "cuda" or "cuda:N"; UserError if it is not there."""
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    """The torch.device of "auto", "cpu", "cuda" or "cuda:N"; UserError if it is not there.
+
+    Of torchrun's processes on a machine, "auto" and "cuda" give each its own GPU.
+    """
+    if name == "auto" and not torch.cuda.is_available():
         if torch.version.cuda is None and shutil.which("nvidia-smi"):
             print("the NVIDIA card is not used: this torch has no CUDA; "
                   "see https://pytorch.org/get-started/locally", file=sys.stderr)  # fmt: skip
-        return torch.device("cpu")
+        name = "cpu"
+    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        device = torch.device(name)
+        device = torch.device(own if name in ("auto", "cuda") else name)
     except RuntimeError:
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {name} is none of auto, cpu, cuda, cuda:N")
     count = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise UserError(f"--device {name}: this machine has {count} GPUs; use cpu or auto")
+    if device.type == "cuda" and device.index >= count:
+        raise UserError(f"{device} is not there: this machine has {count} GPUs; use fewer "
+                        "processes, another --device, or cpu")  # fmt: skip
     return device
 
 
@@ -148,6 +153,11 @@ def join_processes(device):
 def is_first():
     """Whether this process tests, writes and prints: the only one, or torchrun's first."""
     return not distributed.is_initialized() or distributed.get_rank() == 0
+
+
+def world_size():
+    """The number of torchrun's processes, 1 without it."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
 def start(args, predict, train_and_test):
@@ -185,15 +195,17 @@ def run_script(main):
     except KeyboardInterrupt:
         message = "interrupted; with --resume a training goes on after its last finished epoch"
         status = 130
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError) as error:
         full = ("can't allocate memory", "not enough memory")  # torch on Linux, on Windows
         out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         if not out_of_memory and not any(words in str(error) for words in full):
             raise
         message = "error: the memory is full; lower --batch-size or --hidden"
-    except BrokenPipeError:  # the reader, `head` for one, has seen enough
+    except BrokenPipeError:  # the reader, `head` for one, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return
+        if any(word.startswith("--predict") for word in sys.argv):
+            return
+        message = "error: nothing reads the output any more; with --resume a training goes on"
     print(" ".join(message.split()), file=sys.stderr)
     sys.exit(status)
 
@@ -201,7 +213,7 @@ def run_script(main):
 # --- files --------------------------------------------------------------------------------------
 
 # What a run or a comparison leaves in its folder.
-RESULTS = ["metrics.json", "history.csv", "predictions.csv", "best.pt", "last.pt",
+RESULTS = ["last.pt", "metrics.json", "history.csv", "predictions.csv", "best.pt",
            "comparison.json", "comparison.png", "gradients.png", "curves.png", "confusion.png",
            "forecasts.png", "lead_time.png"]  # fmt: skip
 
@@ -243,6 +255,15 @@ def clear_folder(folder):
             raise UserError(f"cannot replace {path}: {error.strerror}; close it") from error
 
 
+def chosen(args, task):
+    """The names that --model stands for; removes their earlier results, if there is no --resume."""
+    names = list(NAMES) if args.model == "all" else [args.model]
+    everything = ["all"] if args.model == "all" else []
+    for name in everything + ([] if args.resume else names) if is_first() else []:
+        clear_folder(args.out / f"{task}_{name}")
+    return names
+
+
 def write_json(path, content):
     """Write a JSON file whole. Surrogates, from paths that are no UTF-8, become JSON escapes."""
     with whole_file(path, "w", encoding="utf-8", errors="backslashreplace") as stream:
@@ -252,8 +273,8 @@ def write_json(path, content):
 
 def write_csv(path, frame):
     """Write a DataFrame as a CSV file, whole."""
-    with whole_file(path, "w", encoding="utf-8", newline="", errors="replace") as stream:
-        frame.to_csv(stream, index=False)
+    with whole_file(path, "w", encoding="utf-8", newline="") as stream:
+        frame.to_csv(stream, index=False, lineterminator="\r\n")  # quotes a text's own \r, too
 
 
 def save_checkpoint(path, **content):
@@ -288,7 +309,7 @@ def refuse_damaged(path):
     """Turn what goes wrong when a checkpoint's content is used into one line for the user."""
     try:
         yield
-    except UserError:
+    except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # wrong values lead to every kind of error
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -319,6 +340,7 @@ class Run:
         self.history, self.best, self.steps = [], None, 0
         skipped = ("resume", "out", "device", "data", "model")  # config holds the model's name
         self.options = {k: str(v) for k, v in vars(args).items() if k not in skipped}
+        self.options["nproc_per_node"] = f"{world_size()}"
         name, device = NAMES[config["options"]["model"]], self.params[0].device
         print(f"\n{name}: {self.parameters:,} parameters, {device}", flush=True)
         remove_stale(folder)
@@ -326,6 +348,13 @@ class Run:
             self._resume()
         elif is_first():
             clear_folder(folder)
+        if distributed.is_initialized():
+            found = [None] * world_size()
+            own = config["sha256"], self.options, len(self.history)
+            distributed.all_gather_object(found, own)
+            if any(other != own for other in found):
+                raise UserError("the processes have different data, options or finished epochs; "
+                                "give all of them the same data/ and --out")  # fmt: skip
 
     @torch.no_grad()
     def _average(self, averaged, current, count):
@@ -338,7 +367,7 @@ class Run:
         last = load_checkpoint(path, self.config["task"])
         with refuse_damaged(path):
             changed = [key for key in self.options if self.options[key] != last["options"].get(key)]
-            if changed or last["config"] != self.config:
+            if changed or last["config"]["sha256"] != self.config["sha256"]:
                 what = f"--{changed[0].replace('_', '-')}" if changed else "the data"
                 raise UserError(f"the run in {self.folder} began with another value of {what}; "
                                 "use the same or leave out --resume")  # fmt: skip
@@ -365,7 +394,7 @@ class Run:
         """Yield this process's share of a list of batches, under a progress bar; then update the
         average. Raises UserError if there is no batch, or if the weights are not finite at the end.
         """
-        world = distributed.get_world_size() if distributed.is_initialized() else 1
+        world = world_size()
         if world > 1:  # each takes every world-th batch and draws other random numbers
             rank = distributed.get_rank()
             batches = batches[rank::world][: len(batches) // world]
@@ -405,7 +434,7 @@ class Run:
             for param in self.params:
                 if param.grad is not None:
                     distributed.all_reduce(param.grad)
-                    param.grad /= distributed.get_world_size()
+                    param.grad /= world_size()
         grad_clipping(self.params, self.args.clip)
         self.optimizer.step()
         self.steps, self.step_in_epoch = self.steps + 1, self.step_in_epoch + 1
@@ -452,12 +481,14 @@ class Run:
         save_checkpoint(self.folder / "best.pt", **content)
 
     def load_best(self):
-        """Put the best epoch's weights into the model."""
+        """Put the best epoch's weights into the model of the first process, which tests it."""
         if is_first():
             path = self.folder / "best.pt"
             content = load_checkpoint(path, self.config["task"])
             with refuse_damaged(path):
                 self.model.load_state_dict(content["weights"])
+            if content["epoch"] != self.best["epoch"]:  # a GPU repeats an epoch with other rounding
+                raise UserError(f"{path} is of another epoch than the best one; train again")
 
     def write_metrics(self, name, data, split, test):
         """Write metrics.json; returns its content."""
