@@ -11,10 +11,12 @@ comes from the training rows; the epoch with the best validation macro-F1 is tes
 import contextlib
 import io
 import logging
+import operator
 import sys
 from collections import Counter
 from dataclasses import dataclass
 from itertools import chain, islice
+
 
 import jieba
 import numpy as np
@@ -135,7 +137,7 @@ def cached_words(texts, sha256):
 def pairs(cut):
     """Neighbouring characters of a text cut into words, as pairs; the last one with "\\n"."""
     text = "".join(cut)
-    return [a + b for a, b in zip(text, text[1:] + "\n", strict=False)]
+    return map(operator.add, text, text[1:] + "\n")
 
 
 def build_vocabularies(cuts, kind, min_freq):
