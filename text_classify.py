@@ -17,7 +17,6 @@ from collections import Counter
 from dataclasses import dataclass
 from itertools import chain, islice
 
-
 import jieba
 import numpy as np
 import pandas as pd
