@@ -77,11 +77,11 @@ def text_table(groups):
     return markdown_table(header, sorted(rows, key=lambda row: row[0]))
 
 
-def class_table(groups, setting="online_shopping_10_cats --epochs 20"):
+def class_table(groups, setting="--epochs 20"):
     """The table of F1 by class: rows of metrics.json's per_class, mean over the seeds."""
     tests = {
         model: [metrics["test"]["per_class"] for _, metrics in runs]
-        for (own, model), runs in ordered(groups) if own == setting
+        for (own, model), runs in ordered(groups) if own.split(" ", 1)[-1] == setting
     }  # fmt: skip
     rows = []
     for label, entry in next(iter(tests.values()), [{}])[0].items():

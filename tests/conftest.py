@@ -11,14 +11,27 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
-ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import datasets
+import plots
+import training
+
 NAMES = {"rnn": "RNN", "gru": "GRU", "lstm": "LSTM", "bilstm": "Bi-LSTM"}
-sys.path.insert(0, str(ROOT))
 for name in ("HTTPS_PROXY", "HTTP_PROXY", "http_proxy", "RNN_DATA_DIR"):
     os.environ.pop(name, None)
 # No server answers at port 9: a script without --data finds no real file and uses the sample.
 os.environ |= {"https_proxy": "http://127.0.0.1:9", "no_proxy": "127.0.0.1"}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_data_folder(tmp_path_factory):
+    """Downloads and caches of the tests go into a folder of their own, not into data/."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, "DATA_DIR", tmp_path_factory.mktemp("data"))
+        yield
 
 
 def read_json(path):
@@ -30,14 +43,15 @@ def history(run):
 
 
 def outcome(run):
-    """What a run found, without what differs between machines and starts."""
+    """What a run found to the last bit, without what differs between machines and starts."""
     metrics = read_json(run / "metrics.json") | {"argv": None, "seconds_per_epoch": None}
-    return metrics, history(run).to_csv(), (run / "predictions.csv").read_bytes()
+    weights = torch.load(run / "best.pt")["weights"]
+    weights = {name: tensor.tolist() for name, tensor in weights.items()}
+    return metrics, weights, history(run).to_csv(), (run / "predictions.csv").read_bytes()
 
 
 def run_main(script, *arguments, pictures=()):
     """Call a script's main() with these arguments; pictures: the folders that get theirs."""
-    import plots
 
     def only_there(draw):
         return lambda path, *rest: draw(path, *rest) if path.parent.name in pictures else None
@@ -49,7 +63,13 @@ def run_main(script, *arguments, pictures=()):
         script.main()
 
 
-# --- what both scripts keep ---------------------------------------------------------------------
+def exit_status(script, *arguments, pictures=()):
+    """Call a script as `run_main` does, with the way out of a started script."""
+    try:
+        training.run_script(lambda: run_main(script, *arguments, pictures=pictures))
+    except SystemExit as stop:
+        return stop.code
+    return 0
 
 
 def assert_loops_agree(script, options, folder):
@@ -62,8 +82,6 @@ def assert_loops_agree(script, options, folder):
 
 def assert_a_resumed_run_repeats(script, options, folder):
     """A run of four epochs that is stopped in its third and resumed is the run left alone."""
-    import training
-
     run_main(script, *options, "--out", folder / "alone")
     step = training.Run.step
 
@@ -83,12 +101,14 @@ def assert_a_resumed_run_repeats(script, options, folder):
 
 def assert_a_killed_run_repeats(script, options, folder, kills):
     """A run that is killed at random instants and resumed each time is the run left alone."""
-    import training
-
     code = f"import pathlib, sys, datasets, training, {script.__name__} as script;"
     code += "datasets.DATA_DIR = pathlib.Path(sys.argv.pop(1)); training.run_script(script.main)"
     command = [sys.executable, "-c", code, *map(str, [folder, *options]), "--resume", "--out"]
-    quiet = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    quiet = {
+        "cwd": Path(script.__file__).parent,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.DEVNULL,
+    }
     subprocess.run([*command, folder / "alone"], check=True, **quiet)
     (alone,) = folder.glob("alone/t*_*")
     expected, run = outcome(alone), folder / "killed" / alone.name
@@ -108,46 +128,3 @@ def assert_a_killed_run_repeats(script, options, folder, kills):
             (run / "last.pt").unlink()
     subprocess.run([*command, folder / "killed"], check=True, **quiet)
     assert outcome(run) == expected and not list(run.glob(".*.part"))
-
-
-# --- the fixtures -------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session", autouse=True)
-def own_data_folder(tmp_path_factory):
-    """Downloads and caches of the tests go into a folder of their own, not into data/."""
-    import datasets
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets, "DATA_DIR", tmp_path_factory.mktemp("data"))
-        yield
-
-
-@pytest.fixture(scope="session")
-def call():
-    """Run a script in this process: call(text_classify, "--epochs", 1) -> its exit status."""
-    import training
-
-    def run(module, *arguments):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", [module.__file__, *map(str, arguments)])
-            try:
-                training.run_script(module.main)
-            except SystemExit as stop:
-                return stop.code
-            return 0
-
-    return run
-
-
-@pytest.fixture(scope="session")
-def script():
-    """Run a script in a process of its own: script("temp_forecast.py", "--epochs", 1)."""
-
-    def run(*arguments, **options):
-        command = [sys.executable, ROOT / arguments[0], *map(str, arguments[1:])]
-        options = {"capture_output": True, "encoding": "utf-8", "timeout": 170} | options
-        options["env"] = os.environ | options.get("env", {})
-        return subprocess.run(command, **options)
-
-    return run
