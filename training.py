@@ -225,10 +225,13 @@ def hold_folder(folder):
     """
     if not is_first():
         return contextlib.nullcontext()
-    lock = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "ab")  # noqa: SIM115 - held open on purpose
+    except OSError as error:
+        reason = f"cannot write into {folder}: {error.strerror}; use another --out"
+        raise UserError(reason) from error
+    try:
         if os.name == "nt":
             import msvcrt
 
@@ -238,11 +241,9 @@ def hold_folder(folder):
 
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        what = "lock" if lock else "write into"
-        hint = "another run writes into it, or use another --out" if lock else "use another --out"
-        if lock:
-            lock.close()
-        raise UserError(f"cannot {what} {folder}: {error.strerror}; {hint}") from error
+        lock.close()
+        reason = f"another run writes into {folder} ({error.strerror}); wait or use another --out"
+        raise UserError(reason) from error
     return lock
 
 
@@ -258,9 +259,10 @@ def clear_folder(folder):
 def chosen(args, task):
     """The names that --model stands for; removes their earlier results, if there is no --resume."""
     names = list(NAMES) if args.model == "all" else [args.model]
-    everything = ["all"] if args.model == "all" else []
-    for name in everything + ([] if args.resume else names) if is_first() else []:
-        clear_folder(args.out / f"{task}_{name}")
+    old = [] if args.resume else names
+    for name in ["all", *old] if args.model == "all" else old:
+        if is_first():
+            clear_folder(args.out / f"{task}_{name}")
     return names
 
 
