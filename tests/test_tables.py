@@ -28,6 +28,8 @@ def test_the_report_shows_mean_and_spread_of_the_seeds_by_hand(tmp_path, capsys)
         test["per_class"] = {"书籍": {"f1": score, "support": 7}}
         metrics = common | {"task": "text", "model": model, "test": test, "best_epoch": 3}
         training.write_json(run / f"text_{model}" / "metrics.json", metrics)
+    lab = metrics | {"argv": ["--preset", "lab"], "model": "gru"}  # beside another comparison
+    training.write_json(tmp_path / "1" / "text_gru" / "metrics.json", lab)
     parts = {}
     for part, mean in (("segments", 1), ("daily_origins", 3)):
         errors = {"mean_error": mean, "median_error": mean + 1}
@@ -43,6 +45,7 @@ def test_the_report_shows_mean_and_spread_of_the_seeds_by_hand(tmp_path, capsys)
         ["shop --epochs 20", "RNN", "2", *["0.3000 ± 0.1414"] * 4, "3/3"],
         ["shop --epochs 20", "LSTM", "1", *["0.1000"] * 4, "3"],
         ["shop --epochs 20", "四者平均", "2", *["0.5000 ± 0.0000"] * 4, ""],
+        ["shop --preset lab", "GRU", "1", *["0.4000"] * 4, "3"],
         ["类别", "测试条数", "RNN", "LSTM"],
         ["书籍", "7", "0.300 ± 0.141", "0.100"],
         ["bundled sample --freq D", "GRU", "1", "1.000", "2.000", "3.000", "4.000", "0.600"],
