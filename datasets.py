@@ -116,7 +116,7 @@ def find(dataset):
     folders = [*([Path(os.path.expanduser(named))] if named else []), DATA_DIR]
     names = (dataset.name, dataset.name.removesuffix(".zip").removesuffix(".csv") + ".csv")
     paths = [folder / name for folder in folders for name in names]
-    return next((path for path in paths if path.is_file()), None)
+    return next((path for path in paths if os.path.isfile(path)), None)
 
 
 def download(dataset):
@@ -171,7 +171,7 @@ def print_banner(dataset, reason):
 
 def read_table(path, options):
     """A DataFrame from a CSV, or a zip of one, in UTF-8 or GB18030; UserError if there is none."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file fails for names that are too long
         raise UserError(f"{path} does not exist or is no regular file; name a CSV or a zip")
     for encoding in ("utf-8-sig", "gb18030"):
         try:

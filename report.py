@@ -81,7 +81,8 @@ def class_table(groups, setting="--epochs 20"):
     """The table of F1 by class: rows of metrics.json's per_class, mean over the seeds."""
     tests = {
         model: [metrics["test"]["per_class"] for _, metrics in runs]
-        for (own, model), runs in ordered(groups) if own.split(" ", 1)[-1] == setting
+        for (own, model), runs in ordered(groups)
+        if own.split(" ", 1)[-1] == setting  # behind the data's name
     }  # fmt: skip
     rows = []
     for label, entry in next(iter(tests.values()), [{}])[0].items():

@@ -39,7 +39,7 @@ PENALTIES = 10.0 ** np.arange(-1, 6)  # that ridge regression tries
 FACTORS = (1, 10, 100, 1000, 1e9)  # times the penalty: of products with season and hour; 1e9: none
 SHARES = (1, 0.75, 0.5, 0.25)  # of the network in the forecast; the rest is the large ridge's
 BAND = (0.1, 0.9)  # quantiles of the validation errors: the 80 % band
-PARTS = {"segments": "segments", "daily_origins": "daily origins"}
+PARTS = ("segments", "daily_origins")  # of the test years
 # Chosen on validation rows of the hourly Jena series.
 DEFAULTS = {
     "model": "lstm", "epochs": 6, "patience": 3, "batch_size": 128, "hidden": 64, "dropout": 0.3,
@@ -297,8 +297,7 @@ def fit_linear_models(weather):
         penalties = penalty * np.repeat([1, factor, factor, 1, *[factor] * 4], sizes)
         penalties[sizes[0] - 1] = 1e-9  # the constant is free
         W = np.zeros_like(moment)
-        penalties = np.diag(penalties[:size])
-        W[:size] = np.linalg.solve(gram[:size, :size] + penalties, moment[:size])
+        W[:size] = np.linalg.solve(gram[:size, :size] + np.diag(penalties[:size]), moment[:size])
         return W
 
     def fit(size):
@@ -455,7 +454,7 @@ def print_errors(entries, title):
         errors = frame["mean_error"].where(frame["mean_error"] > 0)  # no skill over an error of 0
         frame["skill of the model"] = 1 - (entry["mean_error"] / errors).drop("model")
         table = frame.to_string(float_format="{:.3f}".format, na_rep="-")
-        print(f"\n{PARTS[part]}, {entry['windows']} windows\n{table}")
+        print(f"\n{part.replace('_', ' ')}, {entry['windows']} windows\n{table}")
         print(f"the 80 % band holds {entry['coverage_80']:.1%} of the true values")
     print(flush=True)
 
@@ -506,7 +505,7 @@ def draw(run, weather, forecasts, band, name):
 
 def compare(args, results, histories):
     """The four structures side by side with the baselines: temp_all/."""
-    last = next(reversed(results.values()))  # the baselines of all four are the same
+    last = next(reversed(results.values()))  # the baselines of all runs are the same
     entries = {NAMES[name]: own["test"] for name, own in results.items()}
     for name in last["test"]["segments"]["baselines"]:
         own = {part: last["test"][part]["baselines"][name] for part in PARTS}

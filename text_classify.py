@@ -146,19 +146,17 @@ def build_vocabularies(cuts, kind, min_freq):
     Tokens that occur less than min_freq times (pairs: PAIR_MIN_FREQ) are left out.
     """
 
-    def frequent(counts, least):
-        tokens = [token for token, count in counts.most_common() if count >= least]
-        return ["<pad>", "<unk>", *tokens]
+    def frequent(tokens, least):
+        counts = Counter(tokens).most_common()
+        return ["<pad>", "<unk>", *(token for token, count in counts if count >= least)]
 
-    words = Counter(chain.from_iterable(cuts))
+    words = frequent(chain.from_iterable(cuts), min_freq)
     if kind == "word":
-        return {"word": frequent(words, min_freq)}
-    chars = Counter(chain.from_iterable(map("".join, cuts)))
-    both = Counter(chain.from_iterable(map(pairs, cuts)))
+        return {"word": words}
     return {
-        "char": frequent(chars, min_freq),
-        "word": frequent(words, min_freq),
-        "pair": frequent(both, max(min_freq, PAIR_MIN_FREQ)),
+        "char": frequent(chain.from_iterable(chain.from_iterable(cuts)), min_freq),
+        "word": words,
+        "pair": frequent(chain.from_iterable(map(pairs, cuts)), max(min_freq, PAIR_MIN_FREQ)),
         "place": PLACES,
     }
 

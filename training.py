@@ -103,10 +103,8 @@ def parse(parser, arguments=None, presets=None):
         args = parser.parse_args(arguments)
     if (args.predict is None) != (args.checkpoint is None):
         raise UserError("--predict and --checkpoint belong together; give both, or none to train")
-    useless = [
-        name for name, value in vars(args).items()
-        if value != parser.get_default(name) and name not in ("predict", "checkpoint", "device")
-    ]  # fmt: skip
+    given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+    useless = [name for name in given if name not in ("predict", "checkpoint", "device")]
     if args.predict is not None and useless:
         option = useless[0].replace("_", "-")
         raise UserError(f"--{option} has no effect on --predict; leave it out")
@@ -257,7 +255,8 @@ def clear_folder(folder):
 
 
 def chosen(args, task):
-    """The names that --model stands for; removes their earlier results, if there is no --resume."""
+    """The structures that --model names. Without --resume the earlier results of all of them are
+    removed now, so that a later --resume never mixes old and new ones."""
     names = list(NAMES) if args.model == "all" else [args.model]
     old = [] if args.resume else names
     for name in ["all", *old] if args.model == "all" else old:
@@ -292,7 +291,7 @@ def load_checkpoint(path, task):
 
     Raises UserError for a file that is missing, damaged, foreign or of another version.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file fails for names that are too long
         raise UserError(f"{path} is no file; name a best.pt that this script wrote")
     try:
         damaged = zipfile.ZipFile(path).testzip()  # compares every part with its check sum
