@@ -15,6 +15,8 @@ The factors K do not depend on dH: one pass finds them for all steps, in dA's me
 off an LSTM's training step at T, B, D, h = 50, 64, 128, 128, on two threads of an AMD EPYC.
 """
 
+from functools import partial
+
 import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -25,17 +27,11 @@ onednn_product = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # private
 MINUS_ONE = torch.tensor(-1.0)
 
 
-def _fast_cpu(X):
-    return X.device.type == "cpu" and X.dtype == torch.float32 and not torch.compiler.is_compiling()
-
-
 def _use_onednn(X, W):
-    """Whether oneDNN's kernel is there and faster: from 256 rows and columns of W on.
-
-    At T, B, D, h = 100, 64, 300, 256 a training step without it takes 7 to 15 % longer on one
-    thread of an AMD EPYC; for W with a side below 256 `@` is up to 25 % faster.
-    """
-    return onednn_product and min(W.shape) >= 256 and X.numel() and _fast_cpu(X)
+    """Whether oneDNN's kernel is there and faster: from 256 rows and columns of W on. Without it an
+    LSTM's training step takes 14 % longer at T, B, D, h = 100, 64, 300, 256."""
+    fits = min(W.shape) >= 256 and X.is_cpu and X.dtype == torch.float32 and X.numel()
+    return fits and onednn_product and not torch.compiler.is_compiling()
 
 
 def _product(X, W, b=None):
@@ -51,8 +47,9 @@ def _add_product(A, X, W):
 
 
 def _tanh(X, out):
-    """tanh(X); float32 on the CPU as 2 s(2X) - 1, which saves 4 to 14 % of a forward pass."""
-    if _fast_cpu(X):
+    """tanh(X); float32 on the CPU as 2 s(2X) - 1: at T, B, D, h = 50, 64, 128, 128 this takes 5 to
+    7 % off a training step."""
+    if X.is_cpu and X.dtype == torch.float32:
         return torch.add(MINUS_ONE, torch.sigmoid(X + X, out=out), alpha=2, out=out)
     return torch.tanh(X, out=out)
 
@@ -62,15 +59,14 @@ def _before(H_0, states):
     return torch.cat([H_0[None], states[:-1]])  # (T, B, h)
 
 
-def _summed(X, dA):
-    """X^T dA summed over the steps, X (T, B, n) and dA (T, B, m): the gradient of W in A = X W."""
-    return X.flatten(0, 1).t() @ dA.flatten(0, 1)  # (n, m)
+def _gradients(ctx, inputs, W_x, dA, *products):
+    """dX, dW_x, dW_h and db from all steps' dA (T, B, gates * h).
 
-
-def _input_gradients(ctx, inputs, W_x, dA):
-    """dX, dW_x and db from all steps' dA (T, B, gates * h)."""
+    products: all steps' X and dA of A = X W_h, a pair for each block of columns of W_h.
+    """
     dX = _product(dA, W_x.t()) if ctx.needs_input_grad[0] else None  # (T, B, D)
-    return dX, _summed(inputs, dA), dA.sum(dim=(0, 1))
+    dW_x, *dW_h = (X.flatten(0, 1).t() @ dA.flatten(0, 1) for X, dA in ((inputs, dA), *products))
+    return dX, dW_x, torch.cat(dW_h, dim=1), dA.sum(dim=(0, 1))
 
 
 class RNN(Function):
@@ -81,13 +77,13 @@ class RNN(Function):
     """
 
     @staticmethod
-    def forward(ctx, inputs, W_x, b, W_h, H_0):
+    def forward(ctx, inputs, W_x, W_h, b, H_0):
         states = _product(inputs, W_x, b)  # (T, B, h): X W_x + b, later H
         H = H_0  # (B, h)
         for A in states:
             H = _tanh(_add_product(A, H, W_h), out=A)
         ctx.save_for_backward(inputs, W_x, W_h, H_0, states)
-        return states
+        return (states,)
 
     @staticmethod
     @once_differentiable
@@ -99,8 +95,7 @@ class RNN(Function):
             dH = dY + dH
             dA *= dH
             dH = _product(dA, W_h.t())
-        dW_h = _summed(_before(H_0, states), dA_all)
-        return *_input_gradients(ctx, inputs, W_x, dA_all), dW_h, dH
+        return *_gradients(ctx, inputs, W_x, dA_all, (_before(H_0, states), dA_all)), dH
 
 
 class GRU(Function):
@@ -114,8 +109,9 @@ class GRU(Function):
     """
 
     @staticmethod
-    def forward(ctx, inputs, W_x, b, W_hzr, W_hh, H_0):
-        h = len(W_hh)
+    def forward(ctx, inputs, W_x, W_h, b, H_0):
+        h = len(W_h)
+        W_hzr, W_hh = W_h.split([2 * h, h], dim=1)
         gates = _product(inputs, W_x, b)  # (T, B, 3h): X W_x + b, later Z R H~
         states = torch.empty_like(gates[:, :, :h])
         H = H_0  # (B, h)
@@ -125,7 +121,7 @@ class GRU(Function):
             _tanh(_add_product(H_tilde, R * H, W_hh), out=H_tilde)  # (B, h)
             H = torch.lerp(H_tilde, H, Z, out=H_new)  # Z * H + (1 - Z) * H~
         ctx.save_for_backward(inputs, W_x, W_hzr, W_hh, H_0, gates, states)
-        return states
+        return (states,)
 
     @staticmethod
     @once_differentiable
@@ -147,8 +143,8 @@ class GRU(Function):
             dM = _product(dA_h, W_hh.t())
             dA_r *= dM
             dH = _add_product(torch.addcmul(dH * Z, dM, R), dA_zr, W_hzr.t())
-        dW_hzr, dW_hh = _summed(before, dA_zr_all), _summed(R_all * before, dA_h_all)
-        return *_input_gradients(ctx, inputs, W_x, dA_all), dW_hzr, dW_hh, dH
+        products = (before, dA_zr_all), (R_all * before, dA_h_all)
+        return *_gradients(ctx, inputs, W_x, dA_all, *products), dH
 
 
 class LSTM(Function):
@@ -163,7 +159,7 @@ class LSTM(Function):
     """
 
     @staticmethod
-    def forward(ctx, inputs, W_x, b, W_h, H_0, C_0):
+    def forward(ctx, inputs, W_x, W_h, b, H_0, C_0):
         h = len(W_h)
         gates = _product(inputs, W_x, b)  # (T, B, 4h): X W_x + b, later I F O C~
         states, memories, tanhs = gates.new_empty(3, *gates.shape[:2], h)  # H, C, tanh(C)
@@ -190,48 +186,29 @@ class LSTM(Function):
         tanh_backward(I, C_tilde, grad_input=dA_all[:, :, c])
         K_C_all = O * (1 - tanhs**2)
         dH = torch.zeros_like(H_0)
-        steps = zip(F_all, K_C_all, dY_all, dA_all, strict=True)
-        for F, K_C, dY, dA in reversed(list(steps)):
+        for F, K_C, dY, dA in reversed(list(zip(F_all, K_C_all, dY_all, dA_all, strict=True))):
             dH = dY + dH
             dC = torch.addcmul(dC, dH, K_C)  # dC + dH * K_C
             dA *= torch.cat([dC, dC, dH, dC], dim=1)
             dC = dC * F
             dH = _product(dA, W_h.t())
-        dW_h = _summed(_before(H_0, states), dA_all)
-        return *_input_gradients(ctx, inputs, W_x, dA_all), dW_h, dH, dC
+        return *_gradients(ctx, inputs, W_x, dA_all, (_before(H_0, states), dA_all)), dH, dC
 
 
-def _apply(function, inputs, *tensors):
-    """function.apply, under autocast in the parameters' own precision; ValueError for T = 0."""
+def run(function, inputs, state, params):
+    """Hidden states (T, B, h) and the last state, as the loop of this name finds them.
+
+    inputs (T, B, D); state (H,) or (H, C) of (B, h) each; params: the loop's without W_hq and b_q,
+    W_x. W_h. b_. of the gates in turn. Computes in the parameters' precision, under autocast too.
+    Raises ValueError for inputs without a step.
+    """
     if len(inputs) == 0:
         raise ValueError("inputs (T, B, D) must have at least one step, not T = 0")
-    device = inputs.device.type
-    if not torch.is_autocast_enabled(device):
-        return function.apply(inputs, *tensors)
-    with torch.autocast(device, enabled=False):
-        return function.apply(*(tensor.to(tensors[0].dtype) for tensor in (inputs, *tensors)))
+    W_x, W_h, b = (torch.cat(params[i::3], dim=-1) for i in range(3))
+    with torch.autocast(inputs.device.type, enabled=False):
+        tensors = (tensor.to(b.dtype) for tensor in (inputs, W_x, W_h, b, *state))
+        states, *memory = function.apply(*tensors)
+    return states, (states[-1], *memory)
 
 
-def rnn(inputs, state, params):
-    """inputs (T, B, D), state (H (B, h),), params W_xh W_hh b_h -> states (T, B, h), (H,).
-
-    Raises ValueError for inputs without a step (T = 0).
-    """
-    W_xh, W_hh, b_h = params
-    states = _apply(RNN, inputs, W_xh, b_h, W_hh, *state)
-    return states, (states[-1],)
-
-
-def gru(inputs, state, params):
-    """As `rnn`, with params W_x. W_h. b_. of the gates z, r, h in turn."""
-    W_x, b = torch.cat(params[0::3], dim=1), torch.cat(params[2::3])  # (D, 3h), (3h,)
-    W_hz, W_hr, W_hh = params[1::3]
-    states = _apply(GRU, inputs, W_x, b, torch.cat([W_hz, W_hr], dim=1), W_hh, *state)
-    return states, (states[-1],)
-
-
-def lstm(inputs, state, params):
-    """As `rnn`, with params W_x. W_h. b_. of i, f, o, c in turn and state (H, C), (B, h) each."""
-    W_x, b = torch.cat(params[0::3], dim=1), torch.cat(params[2::3])  # (D, 4h), (4h,)
-    states, C = _apply(LSTM, inputs, W_x, b, torch.cat(params[1::3], dim=1), *state)
-    return states, (states[-1], C)
+rnn, gru, lstm = (partial(run, function) for function in (RNN, GRU, LSTM))
