@@ -136,22 +136,16 @@ def init_params(cell, num_inputs, num_hiddens, num_outputs, device=None):
     """
     if min(num_inputs, num_hiddens, num_outputs) < 1:
         raise ValueError("num_inputs, num_hiddens and num_outputs must be at least 1")
-    bound = num_hiddens**-0.5
-    rows = num_hiddens * (2 if cell == "bi_lstm" else 1)  # of W_hq
-    params = []
-    for name in param_names(cell):
-        if name == "W_hq":
-            param = torch.empty(rows, num_outputs).uniform_(-bound, bound)
-        elif name == "b_q":
-            param = torch.zeros(num_outputs)
-        elif name.startswith("W_x"):
-            param = torch.empty(num_inputs, num_hiddens).uniform_(-bound, bound)
-        elif name.startswith("W_h"):
-            param = nn.init.orthogonal_(torch.empty(num_hiddens, num_hiddens))
-        else:
-            param = torch.full((num_hiddens,), 1.0 if name.startswith("b_f") else 0.0)
-        params.append(param.to(device).requires_grad_())
-    return params
+    bound, params = num_hiddens**-0.5, []
+    for name in param_names(cell)[:-2:3]:  # W_x. of each gate
+        W_x = torch.empty(num_inputs, num_hiddens).uniform_(-bound, bound)
+        W_h = nn.init.orthogonal_(torch.empty(num_hiddens, num_hiddens))
+        b = torch.full((num_hiddens,), 1.0 if name[3] == "f" else 0.0)
+        params += [W_x, W_h, b]
+    rows = num_hiddens * (2 if cell == "bi_lstm" else 1)
+    W_hq = torch.empty(rows, num_outputs).uniform_(-bound, bound)
+    params += [W_hq, torch.zeros(num_outputs)]
+    return [param.to(device).requires_grad_() for param in params]
 
 
 def init_state(cell, batch_size, num_hiddens, device=None, dtype=None):
