@@ -195,10 +195,3 @@ def check_columns(frame, columns, path):
         if column not in frame.columns:
             names = ", ".join(map(str, frame.columns[:20]))
             raise UserError(f"{path} has no column {column!r}; its columns are: {names}")
-
-
-def remove_stale(folder):
-    """Delete the hidden .part files that killed runs left half-written in a folder."""
-    for path in folder.glob(".*.part"):
-        with contextlib.suppress(OSError):
-            path.unlink()

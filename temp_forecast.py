@@ -420,10 +420,10 @@ def test(run, name, weather, data, small, large):
     split["test"] = len(weather.starts["daily_origins"])
     metrics = run.write_metrics(name, data, split, entries)
     write_predictions(run.folder / "predictions.csv", weather, forecasts["segments"]["model"], band)
-    stamp = " (bundled sample)" if data["source"] == "sample" else ""
-    title = f"{NAMES[name]}, test, epoch {run.best['epoch']}{stamp}"
-    print_errors(entries, f"{title}, {share:.0%} network and {1 - share:.0%} ridge")
-    draw(run, weather, forecasts, band, f"{NAMES[name]}{stamp}")
+    title = f"{NAMES[name]}{training.stamp(data)}"
+    mixture = f"{share:.0%} network and {1 - share:.0%} ridge"
+    print_errors(entries, f"{title}, test, epoch {run.best['epoch']}, {mixture}")
+    draw(run, weather, forecasts, band, title)
     print(f"results in {run.folder}: open forecasts.png and lead_time.png; forecast with")
     best = run.folder / "best.pt"
     print(f'  python temp_forecast.py --checkpoint "{best}" --predict recent.csv', flush=True)
@@ -517,11 +517,11 @@ def compare(args, results, histories):
         }
         for name, entry in entries.items()
     ]  # fmt: skip
-    stamp = "Bundled sample, made-up data. " if last["data"]["source"] == "sample" else ""
-    note = f"{stamp}Absolute errors on the test years, degC."
+    stamp = training.stamp(last["data"])
+    note = f"Absolute errors on the test years{stamp}, degC."
     folder = args.out / "temp_all"
     training.write_comparison(folder, rows, {NAMES[name]: results[name] for name in results}, note)
-    keys = {f"{stamp}Training mean error, degC": "train_mean_error"}
+    keys = {f"Training mean error, degC{stamp}": "train_mean_error"}
     keys["Validation mean error, degC"] = "validation_mean_error"
     plots.draw_curves(folder / "comparison.png", training.history_panels(histories, keys))
     print(f"comparison in {folder}: open comparison.png")
@@ -569,7 +569,7 @@ def train_and_test(args, device):
     weather = prepare(args, read_series(frame, data["path"], args.freq), data["path"])
     small, large = fit_linear_models(weather)
     results, histories = {}, {}
-    for name in training.chosen(args, "temp"):
+    for name in training.structures(args, "temp"):
         run = train(args, name, weather, data, small.train, device)
         if training.is_first():
             results[name] = test(run, name, weather, data, small, large)

@@ -305,16 +305,14 @@ def test(run, name, reviews, corpus):
     split = {part: len(rows) for part, rows in reviews.split.items()}
     metrics = run.write_metrics(name, reviews.data, split, scores)
     write_predictions(run.folder / "predictions.csv", reviews, p)
-    stamp = " (bundled sample)" if reviews.data["source"] == "sample" else ""
-    print_scores(scores, f"{NAMES[name]}, test rows, epoch {run.best['epoch']}{stamp}")
-    columns = pd.DataFrame(run.history)
+    title = f"{NAMES[name]}{training.stamp(reviews.data)}"
+    print_scores(scores, f"{title}, test rows, epoch {run.best['epoch']}")
+    curves = pd.DataFrame(run.history)
+    panels = {f"{title}: cross-entropy, no dropout": "loss", f"{title}: accuracy": "accuracy"}
     plots.draw_curves(run.folder / "curves.png", {
-        f"{NAMES[name]}: {title}{stamp}": {
-            "training": columns[f"train_{key}"], "validation": columns[f"validation_{key}"]
-        }
-        for title, key in (("cross-entropy, no dropout", "loss"), ("accuracy", "accuracy"))
+        title: {part: curves[f"{part}_{key}"] for part in ("train", "validation")}
+        for title, key in panels.items()
     })  # fmt: skip
-    title = f"{NAMES[name]}{stamp}"
     plots.draw_confusion(run.folder / "confusion.png", matrix, reviews.classes, title)
     print(f"results in {run.folder}: open curves.png and confusion.png; classify a text with")
     best = run.folder / "best.pt"
@@ -407,28 +405,27 @@ def gradient_reach(model, corpus, rows):
 
 def compare(args, reviews, results, reach):
     """The four structures side by side, and the mean of their probabilities: text_all/."""
-    rows = {name: results[name]["metrics"] | results[name]["metrics"]["test"] for name in results}
-    mean = torch.stack([result["probabilities"] for result in results.values()]).mean(dim=0)
-    rows["mean"] = test_scores(reviews, mean)[1]
-    rows["mean"]["parameters"] = sum(rows[name]["parameters"] for name in results)
-    kept = [*SCORES, "parameters", "seconds_per_epoch", "best_epoch"]
-    names = NAMES | {"mean": "mean of the four"}
-    rows = [
-        {"model": names[name]} | {key: row[key] for key in kept if key in row}
-        for name, row in rows.items()
-    ]
+    rows = []
+    for name, result in results.items():
+        own = result["metrics"] | result["metrics"]["test"]
+        kept = (*SCORES, "parameters", "seconds_per_epoch", "best_epoch")
+        rows.append({"model": NAMES[name]} | {key: own[key] for key in kept})
+    p = torch.stack([result["probabilities"] for result in results.values()]).mean(dim=0)
+    mean = {key: test_scores(reviews, p)[1][key] for key in SCORES}
+    mean["parameters"] = sum(row["parameters"] for row in rows)
+    rows.append({"model": "mean of the four"} | mean)
     reach = {NAMES[name]: values for name, values in reach.items()}
     content = {"argv": sys.argv[1:], "seed": args.seed, "data": reviews.data}
     content |= {"rows": rows, "gradient_reach": reach}
-    stamp = "Bundled sample, made-up data. " if reviews.data["source"] == "sample" else ""
-    note = f"{stamp}Test rows; precision, recall and F1 are macro averages."
+    stamp = training.stamp(reviews.data)
+    note = f"Test rows{stamp}; precision, recall and F1 are macro averages."
     folder = args.out / "text_all"
     training.write_comparison(folder, rows, content, note)
     histories = {name: result["history"] for name, result in results.items()}
-    keys = {f"{stamp}Validation cross-entropy": "validation_loss"}
+    keys = {f"Validation cross-entropy{stamp}": "validation_loss"}
     keys["Validation macro-F1"] = "validation_f1_macro"
     plots.draw_curves(folder / "comparison.png", training.history_panels(histories, keys))
-    title = f"{stamp}--pool {args.pool}, validation texts"
+    title = f"--pool {args.pool}, validation texts{stamp}"
     plots.draw_gradients(folder / "gradients.png", reach, title)
     print(f"comparison in {folder}: open comparison.png and gradients.png")
 
@@ -478,7 +475,7 @@ def train_and_test(args, device):
     corpus = Corpus(*encode(cuts, vocabularies), reviews.labels, args.max_tokens, device)
     del cuts, train_cuts  # millions of strings
     results, reach = {}, {}
-    for name in training.chosen(args, "text"):
+    for name in training.structures(args, "text"):
         run = train(args, name, reviews, corpus, vocabularies)
         if training.is_first():
             results[name] = test(run, name, reviews, corpus)

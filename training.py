@@ -19,7 +19,7 @@ from torch import distributed
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from datasets import UserError, remove_stale, whole_file
+from datasets import UserError, whole_file
 from rnn_models import LOOPS, grad_clipping
 
 FORMAT = 4  # of the checkpoints; raise it when what they hold changes
@@ -226,10 +226,6 @@ def hold_folder(folder):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "ab")  # noqa: SIM115 - held open on purpose
-    except OSError as error:
-        reason = f"cannot write into {folder}: {error.strerror}; use another --out"
-        raise UserError(reason) from error
-    try:
         if os.name == "nt":
             import msvcrt
 
@@ -239,9 +235,8 @@ def hold_folder(folder):
 
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        lock.close()
-        reason = f"another run writes into {folder} ({error.strerror}); wait or use another --out"
-        raise UserError(reason) from error
+        reason = f"cannot write into {folder}: {error.strerror}; use another --out"
+        raise UserError(f"{reason}, or wait if another run writes there") from error
     return lock
 
 
@@ -254,15 +249,15 @@ def clear_folder(folder):
             raise UserError(f"cannot replace {path}: {error.strerror}; close it") from error
 
 
-def chosen(args, task):
-    """The structures that --model names. Without --resume the earlier results of all of them are
-    removed now, so that a later --resume never mixes old and new ones."""
-    names = list(NAMES) if args.model == "all" else [args.model]
-    old = [] if args.resume else names
-    for name in ["all", *old] if args.model == "all" else old:
-        if is_first():
+def structures(args, task):
+    """The names of the structures to train. A new run of all four removes the earlier results of
+    all of them now, so that a later --resume never mixes old and new ones."""
+    if args.model != "all":
+        return [args.model]
+    if is_first() and not args.resume:
+        for name in ("all", *NAMES):
             clear_folder(args.out / f"{task}_{name}")
-    return names
+    return list(NAMES)
 
 
 def write_json(path, content):
@@ -344,7 +339,8 @@ class Run:
         self.options["nproc_per_node"] = f"{world_size()}"
         name, device = NAMES[config["options"]["model"]], self.params[0].device
         print(f"\n{name}: {self.parameters:,} parameters, {device}", flush=True)
-        remove_stale(folder)
+        for path in folder.glob(".*.part"):  # what killed runs left half-written
+            path.unlink(missing_ok=True)
         if args.resume and (folder / "last.pt").exists():
             self._resume()
         elif is_first():
@@ -503,6 +499,11 @@ class Run:
         }  # fmt: skip
         write_json(self.folder / "metrics.json", metrics)
         return metrics
+
+
+def stamp(data):
+    """What titles say behind a name: nothing, or that the data are the sample."""
+    return " (bundled sample)" if data["source"] == "sample" else ""
 
 
 def history_panels(histories, keys):
