@@ -11,9 +11,7 @@ comes from the training rows; the epoch with the best validation macro-F1 is tes
 import contextlib
 import io
 import logging
-import operator
 import sys
-from collections import Counter
 from dataclasses import dataclass
 from itertools import chain, islice
 
@@ -32,9 +30,9 @@ from rnn_models import CELLS, POOLS, TextClassifier, init_state, reverse
 from training import NAMES, Run, number
 
 PAD, UNK = 0, 1
-PLACES = ["<pad>", "alone", "first", "inside", "last"]  # 0 to 4: of a character in its word
+ALONE, FIRST, INSIDE, LAST = 1, 2, 3, 4  # places of a character in its word
 BLANKS = "\ufeff \t\r\n\u3000"  # stripped from both ends of a text
-PAIR_MIN_FREQ = 20  # pairs of characters are many; rarer ones are <unk>
+PAIR_MIN_FREQ = 20  # pairs of characters are many; rarer ones are UNK
 CURVE_ROWS = 5000  # training rows on which the curves' training loss is measured
 REACH = 40  # tokens over which the gradient's reach is measured
 SCORES = ["accuracy", "precision_macro", "recall_macro", "f1_macro"]
@@ -133,73 +131,61 @@ def cached_words(texts, sha256):
     return cuts
 
 
-def pairs(cut):
-    """Neighbouring characters of a text cut into words, as pairs; the last one with "\\n"."""
-    text = "".join(cut)
-    return map(operator.add, text, text[1:] + "\n")
+def tokenize(cuts, kind):
+    """Tokens of texts cut into words: {aspect: (all tokens,)}, and their number in each text.
 
-
-def build_vocabularies(cuts, kind, min_freq):
-    """The tokens of each aspect, most frequent first behind <pad> (0) and <unk> (1).
-
-    cuts: the training texts' words; kind: "word", or "both": {"char", "word", "pair", "place"}.
-    Tokens that occur less than min_freq times (pairs: PAIR_MIN_FREQ) are left out.
-    """
-
-    def frequent(tokens, least):
-        counts = Counter(tokens).most_common()
-        return ["<pad>", "<unk>", *(token for token, count in counts if count >= least)]
-
-    words = frequent(chain.from_iterable(cuts), min_freq)
-    if kind == "word":
-        return {"word": words}
-    return {
-        "char": frequent(chain.from_iterable(chain.from_iterable(cuts)), min_freq),
-        "word": words,
-        "pair": frequent(chain.from_iterable(map(pairs, cuts)), max(min_freq, PAIR_MIN_FREQ)),
-        "place": PLACES,
-    }
-
-
-def encode(cuts, vocabularies):
-    """Texts cut into words as numbers: ids (all tokens, aspects) int32, and counts (texts,).
-
-    A token is a word if "word" is the only vocabulary, otherwise a character with its four aspects.
-    A text without words becomes one <unk>.
+    kind: "word" for words, "both" for characters with four aspects: the character, its word, its
+    pair with the next character ("\\n" behind a text), its place in the word. Characters are code
+    points, a pair is two of them in one number. A text without words becomes one unknown token.
     """
     cuts = [cut or ["\0"] for cut in cuts]
-    words = list(chain.from_iterable(cuts))
-
-    def ids(keys, known):  # known: the keys of a vocabulary's tokens from 2 on
-        found = pd.Index(known).get_indexer(keys)
-        return np.where(found < 0, UNK, found + 2).astype(np.int32)
-
-    word_ids = ids(words, vocabularies["word"][2:])
-    if list(vocabularies) == ["word"]:
-        return word_ids[:, None], np.fromiter(map(len, cuts), np.int64)
-    counts = np.fromiter((sum(map(len, cut)) for cut in cuts), np.int64)
+    words = np.array(list(chain.from_iterable(cuts)), dtype=object)
+    counts = np.fromiter(map(len, cuts), np.int64)
+    if kind == "word":
+        return {"word": words}, counts
     lengths = np.fromiter(map(len, words), np.int64)
+    ends = np.cumsum(lengths)  # of the words
+    text_ends = ends[np.cumsum(counts) - 1]
     chars = np.frombuffer("".join(words).encode("utf-32-le"), np.uint32).astype(np.int64)
     following = np.append(chars[1:], 0)
-    following[np.cumsum(counts) - 1] = ord("\n")
-    first, last = np.zeros((2, len(chars)), bool)
-    first[np.cumsum(lengths) - lengths] = last[np.cumsum(lengths) - 1] = True
-    aspects = {
-        "char": ids(chars, [ord(char) for char in vocabularies["char"][2:]]),
-        "word": np.repeat(word_ids, lengths),
-        "pair": ids(
-            chars << 32 | following, [ord(a) << 32 | ord(b) for a, b in vocabularies["pair"][2:]]
-        ),
-        "place": np.select([first & last, first, last], [1, 2, 4], 3),
-    }
-    return np.stack([aspects[name] for name in vocabularies], axis=1, dtype=np.int32), counts
+    following[text_ends - 1] = ord("\n")
+    place = np.full(len(chars), INSIDE)
+    place[ends - lengths], place[ends - 1] = FIRST, LAST
+    place[ends[lengths == 1] - 1] = ALONE
+    aspects = {"char": chars, "word": np.repeat(words, lengths), "pair": chars << 32 | following}
+    return aspects | {"place": place}, np.diff(text_ends, prepend=0)
+
+
+def build_vocabularies(tokens, min_freq):
+    """The frequent tokens of each aspect, most frequent first; their ids begin at 2.
+
+    tokens: of the training texts, by `tokenize`; rarer ones than min_freq are left out.
+    """
+    vocabularies = {}
+    for aspect, own in tokens.items():
+        if aspect == "word" and "place" in tokens:  # count a word once, not at each character
+            own = own[tokens["place"] <= FIRST]
+        least = max(min_freq, PAIR_MIN_FREQ) if aspect == "pair" else min_freq
+        codes, names = pd.factorize(own)  # names in the order of their first appearance
+        counts = np.bincount(codes)
+        order = np.argsort(-counts, kind="stable")
+        vocabularies[aspect] = names[order[counts[order] >= least]].tolist()
+    if "place" in tokens:
+        vocabularies["place"] = [FIRST, INSIDE, LAST]  # so each is its own id; ALONE is 1, as UNK
+    return vocabularies
+
+
+def encode(tokens, vocabularies):
+    """The ids of tokens, (all tokens, aspects) int32; UNK for those not in the vocabularies."""
+    found = [pd.Index(own).get_indexer(tokens[aspect]) for aspect, own in vocabularies.items()]
+    return np.stack([np.where(i < 0, UNK, i + 2) for i in found], axis=1, dtype=np.int32)
 
 
 class Corpus:
     """All tokens of all texts on the device, and the batches made of them there."""
 
     def __init__(self, ids, counts, labels, max_tokens, device):
-        """ids (tokens, aspects), counts (texts,) as `encode` returns them; labels (texts,)."""
+        """ids (all tokens, aspects) of `encode`, counts (texts,) of `tokenize`, labels (texts,)."""
         self.device = device
         self.lengths = torch.from_numpy(np.minimum(counts, max_tokens))  # on the CPU, for planning
         self.ids = torch.from_numpy(ids).to(device)
@@ -233,7 +219,7 @@ class Corpus:
 def build_model(options, vocabularies, num_classes):
     """The classifier of a checkpoint's options."""
     return TextClassifier(
-        training.CELL_OF[options["model"]], [len(tokens) for tokens in vocabularies.values()],
+        training.CELL_OF[options["model"]], [len(tokens) + 2 for tokens in vocabularies.values()],
         options["embedding"], options["hidden"], num_classes,
         options["pool"], options["dropout"], options["loops"],
     )  # fmt: skip
@@ -459,7 +445,8 @@ def predict(args, device):
     lines = iter(sys.stdin.buffer if args.predict == "-" else given)
     while part := list(islice(lines, 256)):
         texts = [decode(line).strip(BLANKS) for line in part]
-        ids, counts = encode(cut_words(texts), vocabularies)
+        tokens, counts = tokenize(cut_words(texts), saved["options"]["tokens"])
+        ids = encode(tokens, vocabularies)
         corpus = Corpus(ids, counts, np.zeros(len(texts), np.int64), max_tokens, device)
         best = probabilities(model, corpus, torch.arange(len(texts))).max(dim=1)
         for text, p, k in zip(texts, best.values.tolist(), best.indices.tolist(), strict=True):
@@ -470,10 +457,13 @@ def train_and_test(args, device):
     """Train what --model names, test it, and compare all four."""
     reviews = read_reviews(args)
     cuts = cached_words(reviews.texts, reviews.data["sha256"])
-    train_cuts = [cuts[i] for i in reviews.split["train"].tolist()]
-    vocabularies = build_vocabularies(train_cuts, args.tokens, args.min_freq)
-    corpus = Corpus(*encode(cuts, vocabularies), reviews.labels, args.max_tokens, device)
-    del cuts, train_cuts  # millions of strings
+    tokens, counts = tokenize(cuts, args.tokens)
+    of_train = np.repeat(np.isin(np.arange(len(counts)), reviews.split["train"]), counts)
+    train_tokens = {aspect: own[of_train] for aspect, own in tokens.items()}
+    vocabularies = build_vocabularies(train_tokens, args.min_freq)
+    ids = encode(tokens, vocabularies)
+    corpus = Corpus(ids, counts, reviews.labels, args.max_tokens, device)
+    del cuts, tokens, train_tokens  # millions of strings
     results, reach = {}, {}
     for name in training.structures(args, "text"):
         run = train(args, name, reviews, corpus, vocabularies)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from datasets import UserError, whole_file
 from rnn_models import LOOPS, grad_clipping
 
-FORMAT = 4  # of the checkpoints; raise it when what they hold changes
+FORMAT = 5  # of the checkpoints; raise it when what they hold changes
 CELL_OF = {"rnn": "rnn", "gru": "gru", "lstm": "lstm", "bilstm": "bi_lstm"}  # --model: its cell
 NAMES = {"rnn": "RNN", "gru": "GRU", "lstm": "LSTM", "bilstm": "Bi-LSTM"}
 AVERAGE_EVERY = 5  # steps; the moving average then costs next to nothing
