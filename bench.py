@@ -24,37 +24,26 @@ SHAPES = [(50, 64, 128, 128), (100, 64, 300, 256), (120, 256, 1, 64)]  # T, B, D
 GPU_SHAPES = [*SHAPES, (100, 256, 128, 256)]
 OUTPUTS = 10
 LAYERS = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM, "bi_lstm": nn.LSTM}
-KINDS = ("ours", "torch", "plain")
+KINDS = {"ours": "fast", "torch": None, "plain": "plain"}  # and the loops of `Recurrence`
 COLUMNS = "| ours | torch | plain | ours/torch " * 2  # ms of a training step, then of inference
 HEADER = f"| T, B, D, h | cell {COLUMNS}|\n| --- | --- {'| ---: ' * 8}|"
-
-
-class TorchLayer(nn.Module):
-    """torch's own layer and a linear head, with the interface of `Recurrence`."""
-
-    def __init__(self, cell, D, h, Q):
-        super().__init__()
-        both = cell == "bi_lstm"
-        self.layer = LAYERS[cell](D, h, bidirectional=both)
-        self.output = nn.Linear(2 * h if both else h, Q)
-
-    def forward(self, inputs):
-        return self.layer(inputs)[0]  # (T, B, h)
 
 
 def make(kind, cell, shape, device, cuda_graphs=False):
     """Return a function inputs -> outputs (T, B, OUTPUTS) of this kind, and its parameters."""
     T, B, D, h = shape
-    if kind == "torch":
-        model = TorchLayer(cell, D, h, OUTPUTS).to(device)
-    else:
-        loops = "plain" if kind == "plain" else "fast"
-        model = Recurrence(cell, D, h, OUTPUTS, loops=loops).to(device)
-    recurrence = model
-    if cuda_graphs and kind == "ours":
-        sample = torch.randn(T, B, D, device=device, requires_grad=True)
-        recurrence = torch.cuda.make_graphed_callables(model, (sample,), allow_unused_input=True)
-    return lambda inputs: model.output(recurrence(inputs)), list(model.parameters())
+    if kind != "torch":
+        recurrence = model = Recurrence(cell, D, h, OUTPUTS, KINDS[kind]).to(device)
+        if cuda_graphs and kind == "ours":
+            sample = torch.randn(T, B, D, device=device, requires_grad=True)
+            recurrence = torch.cuda.make_graphed_callables(
+                model, (sample,), allow_unused_input=True
+            )
+        return lambda inputs: model.output(recurrence(inputs)), list(model.parameters())
+    both = cell == "bi_lstm"
+    layer = LAYERS[cell](D, h, bidirectional=both).to(device)
+    head = nn.Linear(2 * h if both else h, OUTPUTS).to(device)
+    return lambda inputs: head(layer(inputs)[0]), [*layer.parameters(), *head.parameters()]
 
 
 def train_step(function, params, inputs):
@@ -82,32 +71,26 @@ def measure(cell, shape, device, rounds, cuda_graphs=False):
                 start = time.perf_counter()
                 step(function, params, inputs)
                 if device.type == "cuda":
-                    torch.cuda.synchronize()
+                    torch.cuda.synchronize(device)
                 if turn >= 2:  # the first two warm up
                     times[kind].append(1000 * (time.perf_counter() - start))
         result[name] = {kind: statistics.median(times[kind]) for kind in KINDS}
     return result
 
 
-def parse_args():
-    """The command line as a namespace."""
+def main():
+    """Measure all cells at all shapes; print the table row by row."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = training.Parser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
     add("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
     add("--threads", type=training.number(int, 1, 1024), default=2, help="CPU threads (default: 2)")
     add("--quick", action="store_true", help="3 rounds instead of 15")
-    add("--cuda-graphs", action="store_true", help="record ours as CUDA graphs")
+    add("--cuda-graphs", action="store_true", help="record ours as CUDA graphs; needs a GPU")
     args = parser.parse_args()
-    if args.cuda_graphs and not args.device.startswith("cuda"):
-        raise training.UserError(f"--cuda-graphs needs --device cuda, not {args.device}")
-    return args
-
-
-def main():
-    """Measure all cells at all shapes; print the table row by row."""
-    args = parse_args()
     device = training.pick_device(args.device)
+    if args.cuda_graphs and device.type != "cuda":
+        raise training.UserError(f"--cuda-graphs needs --device cuda, not {args.device}")
     torch.set_num_threads(args.threads)
     cuda, ratios = device.type == "cuda", {"train": [], "inference": []}
     name = torch.cuda.get_device_name(device) if cuda else platform.machine()

@@ -6,15 +6,12 @@ import numpy as np
 def _checked(y_true, y_pred, kind):
     """Both arguments as arrays; ValueError if they are empty, unlike in shape, or not finite."""
     y_true, y_pred = np.asarray(y_true), np.asarray(y_pred)
-    if y_true.shape != y_pred.shape:
-        raise ValueError(f"y_true and y_pred differ in shape: {y_true.shape}, {y_pred.shape}")
-    if y_true.size == 0:
-        raise ValueError("y_true and y_pred are empty: there is nothing to measure")
+    if y_true.shape != y_pred.shape or y_true.size == 0:
+        shapes = f"{y_true.shape} and {y_pred.shape}"
+        raise ValueError(f"y_true and y_pred are empty or differ in shape: {shapes}")
     for name, values in (("y_true", y_true), ("y_pred", y_pred)):
-        if not np.issubdtype(values.dtype, kind):
-            raise ValueError(f"{name} has values of type {values.dtype}, not {kind.__name__}")
-        if not np.isfinite(values).all():
-            raise ValueError(f"{name} holds NaN or infinite values")
+        if not np.issubdtype(values.dtype, kind) or not np.isfinite(values).all():
+            raise ValueError(f"{name} must hold finite values of type {kind.__name__}")
     return y_true, y_pred
 
 
@@ -37,7 +34,7 @@ def confusion_matrix(y_true, y_pred, num_classes):
 
 def _checked_matrix(matrix):
     """The confusion matrix as an array; ValueError if it is no square table of counts."""
-    matrix = np.asarray(matrix)
+    matrix = np.asarray(matrix, dtype=np.float64)  # 2 TP would overflow a small integer type
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ValueError(f"a confusion matrix is square, this one has shape {matrix.shape}")
     if not np.isfinite(matrix).all() or (matrix < 0).any() or matrix.sum() == 0:

@@ -1,4 +1,4 @@
-"""Print the tables of README and REPORT from finished runs, for pasting; no file is changed.
+"""Print the tables of README.zh-CN and REPORT from finished runs, for pasting; no file is changed.
 
     python report.py RUNS    RUNS: a folder of --out folders, one for each seed
 
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from training import NAMES
 
+MODELS = {**NAMES, "mean": "四者平均"}
 SCORES = {"accuracy": "准确率", "precision_macro": "宏精确率", "recall_macro": "宏召回率",
           "f1_macro": "宏 F1"}  # fmt: skip
 ERRORS = [("segments", "mean_error"), ("segments", "median_error"),
@@ -21,23 +22,29 @@ ERRORS = [("segments", "mean_error"), ("segments", "median_error"),
 
 def setting_of(content):
     """The data's name and the options that make a setting: all but seed, folders, model."""
-    words, kept = iter(content["argv"]), [Path(content["data"]["path"]).name.split(".")[0]]
+    words, kept = iter(content["argv"]), []
     for word in words:
         option, _, value = word.partition("=")
         value = value or (next(words, "") if option != "--resume" else "")
         if option not in ("--seed", "--out", "--model", "--data", "--device", "--resume"):
             kept.append(f"{option} {value}")
-    return " ".join(kept)
+    return f"{Path(content['data']['path']).name.split('.')[0]}: {' '.join(sorted(kept))}"
 
 
 def collect(root):
-    """{task: {(setting, model): [(folder, metrics)]}} of all runs under a folder."""
+    """{task: [((setting, model), [metrics.json])]} of all runs under a folder, sorted by setting
+    and structure; the model "mean": the last row of each comparison, the mean of the four."""
     groups = {"text": defaultdict(list), "temp": defaultdict(list)}
-    for path in sorted(root.rglob("metrics.json")):
-        metrics = json.loads(path.read_text(encoding="utf-8"))
-        key = setting_of(metrics), metrics["model"]
-        groups[metrics["task"]][key].append((path.parent, metrics))
-    return groups
+    for path in sorted(root.rglob("metrics.json")) + sorted(root.rglob("text_all/comparison.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if "rows" in content:
+            content |= {"task": "text", "model": "mean", "test": content["rows"][-1]}
+        groups[content["task"]][setting_of(content), content["model"]].append(content)
+    order = list(MODELS).index
+    return {
+        task: sorted(own.items(), key=lambda item: (item[0][0], order(item[0][1])))
+        for task, own in groups.items()
+    }
 
 
 def markdown_table(header, rows):
@@ -52,50 +59,37 @@ def spread(values, digits=4):
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
-def ordered(groups):
-    """The groups sorted by setting, and in it in the order of the structures."""
-    return sorted(groups.items(), key=lambda item: (item[0][0], list(NAMES).index(item[0][1])))
-
-
 def text_table(groups):
     """The table of the classification runs; the mean of the four where all four were compared."""
-    rows, means = [], defaultdict(dict)
-    for (setting, model), runs in ordered(groups):
-        tests = [metrics["test"] for _, metrics in runs]
-        scores = [spread([test[key] for test in tests]) for key in SCORES]
-        epochs = "/".join(str(metrics["best_epoch"]) for _, metrics in runs)
-        rows.append([setting, NAMES[model], len(runs), *scores, epochs])
-        for folder, _ in runs:
-            path = folder.parent / "text_all" / "comparison.json"
-            if path.exists():
-                content = json.loads(path.read_text(encoding="utf-8"))
-                means[setting_of(content)][path] = content["rows"][-1]
-    for setting, found in means.items():
-        scores = [spread([row[key] for row in found.values()]) for key in SCORES]
-        rows.append([setting, "四者平均", len(found), *scores, ""])
-    header = ["设置", "模型", "种子数", *SCORES.values(), "最佳轮"]
-    return markdown_table(header, sorted(rows, key=lambda row: row[0]))
-
-
-def class_table(groups, setting="--epochs 20"):
-    """The table of F1 by class: rows of metrics.json's per_class, mean over the seeds."""
-    tests = {
-        model: [metrics["test"]["per_class"] for _, metrics in runs]
-        for (own, model), runs in ordered(groups)
-        if own.split(" ", 1)[-1] == setting  # behind the data's name
-    }  # fmt: skip
     rows = []
-    for label, entry in next(iter(tests.values()), [{}])[0].items():
-        f1 = [spread([test[label]["f1"] for test in own], 3) for own in tests.values()]
-        rows.append([label, entry["support"], *f1])
-    return markdown_table(["类别", "测试条数", *(NAMES[model] for model in tests)], rows)
+    for (setting, model), runs in groups:
+        scores = [spread([run["test"][key] for run in runs]) for key in SCORES]
+        epochs = "/".join(str(run["best_epoch"]) for run in runs if model != "mean")
+        rows.append([setting, MODELS[model], len(runs), *scores, epochs])
+    return markdown_table(["设置", "模型", "种子数", *SCORES.values(), "最佳轮"], rows)
+
+
+def class_tables(groups, options="--epochs 20"):
+    """Tables of F1 by class, mean over the seeds, one for each data set."""
+    tests = defaultdict(dict)
+    for (setting, model), runs in groups:
+        if setting.endswith(f": {options}") and model in NAMES:
+            tests[setting][NAMES[model]] = [run["test"]["per_class"] for run in runs]
+    tables = []
+    for own in tests.values():
+        rows = []
+        for label, entry in next(iter(own.values()))[0].items():
+            f1 = [spread([test[label]["f1"] for test in runs], 3) for runs in own.values()]
+            rows.append([label, entry["support"], *f1])
+        tables.append(markdown_table(["类别", "测试条数", *own], rows))
+    return tables
 
 
 def temp_table(groups):
     """The table of the forecasting runs, with their baselines under each setting."""
     rows, baselines = [], {}
-    for (setting, model), runs in ordered(groups):
-        tests = [metrics["test"] for _, metrics in runs]
+    for (setting, model), runs in groups:
+        tests = [run["test"] for run in runs]
         errors = [spread([test[part][key] for test in tests], 3) for part, key in ERRORS]
         coverage = spread([test["daily_origins"]["coverage_80"] for test in tests], 3)
         rows.append([setting, NAMES[model], len(runs), *errors, coverage])
@@ -115,10 +109,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("runs", type=Path, help="folder of the runs' --out folders")
     args = parser.parse_args()
-    groups = collect(args.runs)
-    text = groups["text"]
-    tables = [text_table(text), class_table(text)] if text else []
-    tables += [temp_table(groups["temp"])] if groups["temp"] else []
+    text, temp = collect(args.runs).values()
+    tables = [text_table(text), *class_tables(text)] if text else []
+    tables += [temp_table(temp)] if temp else []
+    if not tables:
+        parser.error(f"{args.runs} holds no metrics.json of a run")
     print("\n\n".join(tables))
 
 

@@ -18,7 +18,6 @@ def rnn(inputs, state, params):
     """Elman network: the new state is a squashed mix of the input and of the state before.
 
     inputs (T, B, D), state (H,) with H (B, h); returns outputs (T, B, Q) and the last state (H,).
-    Raises ValueError for inputs without a step, like the other three.
     """
     W_xh, W_hh, b_h, W_hq, b_q = params
     (H,) = state
@@ -27,7 +26,7 @@ def rnn(inputs, state, params):
         H = torch.tanh(X @ W_xh + H @ W_hh + b_h)   # (B, h)
         Y = H @ W_hq + b_q                          # (B, Q)
         outputs.append(Y)
-    return stack(outputs), (H,)
+    return torch.stack(outputs), (H,)
 
 
 def gru(inputs, state, params):
@@ -47,7 +46,7 @@ def gru(inputs, state, params):
         H = Z * H + (1 - Z) * H_tilde
         Y = H @ W_hq + b_q                                      # (B, Q)
         outputs.append(Y)
-    return stack(outputs), (H,)
+    return torch.stack(outputs), (H,)
 
 
 def lstm(inputs, state, params):
@@ -67,7 +66,7 @@ def lstm(inputs, state, params):
         H = O * torch.tanh(C)
         Y = H @ W_hq + b_q                                  # (B, Q)
         outputs.append(Y)
-    return stack(outputs), (H, C)
+    return torch.stack(outputs), (H, C)
 
 
 def bi_lstm(inputs, state, params, lengths=None):
@@ -88,13 +87,6 @@ def bi_lstm(inputs, state, params, lengths=None):
     return Y + reverse(Y_b, lengths), (forward, backward)
 
 
-def stack(outputs):
-    """The outputs (B, Q) of all steps as one tensor (T, B, Q); ValueError if there was no step."""
-    if not outputs:
-        raise ValueError("inputs have no step: T must be at least 1")
-    return torch.stack(outputs)
-
-
 def reverse(sequences, lengths=None):
     """Sequences (T, B, D) read from their ends: the first `lengths` (B,) steps, padding stays."""
     if lengths is None:
@@ -102,15 +94,14 @@ def reverse(sequences, lengths=None):
     T, B, _ = sequences.shape
     steps = torch.arange(T, device=sequences.device)[:, None]           # (T, 1)
     source = torch.where(steps < lengths, lengths - 1 - steps, steps)   # (T, B)
-    rows = source * B + torch.arange(B, device=sequences.device)        # (T, B), in (T * B, D)
-    return sequences.flatten(0, 1).index_select(0, rows.flatten()).view(sequences.shape)
+    return sequences[source, torch.arange(B, device=sequences.device)]
 
 
 # fmt: on
 # --- parameters ---------------------------------------------------------------------------------
 
 CELLS = {"rnn": rnn, "gru": gru, "lstm": lstm, "bi_lstm": bi_lstm}
-GATES = {"rnn": "h", "gru": "zrh", "lstm": "ifoc", "bi_lstm": "ifoc"}  # each has W_x., W_h. and b_.
+GATES = {"rnn": "h", "gru": "zrh", "lstm": "ifoc", "bi_lstm": "ifoc"}  # each has W_x*, W_h* and b_*
 
 
 def param_names(cell):
@@ -128,22 +119,23 @@ def param_names(cell):
 def init_params(cell, num_inputs, num_hiddens, num_outputs, device=None):
     """A cell's parameters, a list of leaf tensors that require gradients, in the order of its loop.
 
-    W_x. (D, h) and W_hq (h, Q), (2h, Q) for "bi_lstm", are uniform in +-1/sqrt(h);
-    W_h. (h, h) are orthogonal, which keeps a state's length over many steps (Saxe et al. 2014);
+    W_x* (D, h) and W_hq (h, Q), (2h, Q) for "bi_lstm", are uniform in +-1/sqrt(h);
+    W_h* (h, h) are orthogonal, which keeps a state's length over many steps (Saxe et al. 2014);
     biases (h,) and (Q,) are 0, the LSTM's forget bias 1 (Jozefowicz et al. 2015).
     Drawn on the CPU: the same seed gives the same parameters on every device.
     Raises ValueError for an unknown cell or a size below 1.
     """
+    param_names(cell)  # refuses an unknown cell
     if min(num_inputs, num_hiddens, num_outputs) < 1:
         raise ValueError("num_inputs, num_hiddens and num_outputs must be at least 1")
+    directions = 2 if cell == "bi_lstm" else 1
     bound, params = num_hiddens**-0.5, []
-    for name in param_names(cell)[:-2:3]:  # W_x. of each gate
+    for gate in GATES[cell] * directions:
         W_x = torch.empty(num_inputs, num_hiddens).uniform_(-bound, bound)
         W_h = nn.init.orthogonal_(torch.empty(num_hiddens, num_hiddens))
-        b = torch.full((num_hiddens,), 1.0 if name[3] == "f" else 0.0)
+        b = torch.full((num_hiddens,), 1.0 if gate == "f" else 0.0)
         params += [W_x, W_h, b]
-    rows = num_hiddens * (2 if cell == "bi_lstm" else 1)
-    W_hq = torch.empty(rows, num_outputs).uniform_(-bound, bound)
+    W_hq = torch.empty(directions * num_hiddens, num_outputs).uniform_(-bound, bound)
     params += [W_hq, torch.zeros(num_outputs)]
     return [param.to(device).requires_grad_() for param in params]
 
@@ -154,12 +146,8 @@ def init_state(cell, batch_size, num_hiddens, device=None, dtype=None):
     Raises ValueError for an unknown cell.
     """
     param_names(cell)  # refuses an unknown cell
-    if cell == "bi_lstm":
-        return tuple(init_state("lstm", batch_size, num_hiddens, device, dtype) for _ in range(2))
-    tensors = 2 if cell == "lstm" else 1
-    return tuple(
-        torch.zeros(batch_size, num_hiddens, device=device, dtype=dtype) for _ in range(tensors)
-    )
+    H, C, H_b, C_b = torch.zeros(4, batch_size, num_hiddens, device=device, dtype=dtype)
+    return {"rnn": (H,), "gru": (H,), "lstm": (H, C), "bi_lstm": ((H, C), (H_b, C_b))}[cell]
 
 
 def grad_clipping(params, theta):
@@ -218,7 +206,9 @@ class Recurrence(nn.Module):
 
         lengths (B,) as in `bi_lstm`. Raises ValueError for inputs without a step.
         """
-        B = inputs.shape[1]
+        T, B, _ = inputs.shape
+        if T == 0:
+            raise ValueError("inputs (T, B, D) must have at least one step, not T = 0")
         state = init_state(self.cell, B, self.num_hiddens, inputs.device, inputs.dtype)
         if self.loops == "plain":  # with the identity as W_hq, the outputs are the hidden states
             *params, W_hq, b_q = self.params
@@ -269,11 +259,9 @@ class TextClassifier(nn.Module):
 
         num_inputs: D, an embedding's size; num_hiddens: h; dropout: share of the embedded inputs
         and of the pooled states set to zero in training.
-        Raises ValueError for an unknown cell, pool or loops.
+        Raises ValueError for an unknown cell or loops.
         """
         super().__init__()
-        if pool not in POOLS:
-            raise ValueError(f"pool must be one of {', '.join(POOLS)}, not {pool!r}")
         self.pool = pool
         self.embeddings = nn.ModuleList(nn.Embedding(size, num_inputs) for size in vocab_sizes)
         for embedding in self.embeddings:  # the sum over the aspects has variance 1
@@ -283,7 +271,9 @@ class TextClassifier(nn.Module):
 
     def embed(self, tokens):
         """Inputs of the recurrence (T, B, D) for tokens (T, B, aspects)."""
-        inputs = sum(E(ids) for E, ids in zip(self.embeddings, tokens.unbind(2), strict=True))
+        inputs = sum(
+            table(ids) for table, ids in zip(self.embeddings, tokens.unbind(2), strict=True)
+        )
         # One dropout mask for all steps of a text (Gal and Ghahramani 2016).
         return inputs * self.dropout(inputs.new_ones(1, *inputs.shape[1:]))
 

@@ -7,8 +7,8 @@
 The last fifth of the first six years (--train-years) validates, the rest of them trains. What
 follows tests, in separate 7-day segments, 5 days in and 2 out, and from every midnight. Errors are
 absolute, in degC. All models see and forecast anomalies: differences from the climatology, a smooth
-yearly and daily cycle fitted to the six years. The network corrects a small ridge regression, on
-the temperatures; the forecast is the mean of this and of a large one, on all columns.
+yearly and daily cycle fitted to the six years. The network corrects a small ridge regression; the
+forecast is a weighted mean of this and of a large one.
 """
 
 import contextlib
@@ -16,7 +16,6 @@ import sys
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -36,7 +35,7 @@ STEPS_A_DAY = {"h": 24, "10min": 144, "D": 1}
 CALENDAR = 4  # features: sine and cosine of the year and of the day
 CURVE_WINDOWS = 2000  # training windows on which the curves' training error is measured
 PENALTIES = 10.0 ** np.arange(-1, 6)  # that ridge regression tries
-FACTORS = (1, 10, 100, 1000, 1e9)  # times the penalty: of products with season and hour; 1e9: none
+FACTORS = (1, 10, 100, 1000, 1e9)  # times this for products with season and hour; 1e9 removes them
 SHARES = (1, 0.75, 0.5, 0.25)  # of the network in the forecast; the rest is the large ridge's
 BAND = (0.1, 0.9)  # quantiles of the validation errors: the 80 % band
 PARTS = ("segments", "daily_origins")  # of the test years
@@ -103,21 +102,18 @@ def read_series(frame, path, freq):
         f"{len(series)} steps, {filled} of {int(missing.sum())} missing ones interpolated"
     )
     if missing.mean() > 0.5:
-        raise UserError(f"{path}: over half of the steps have no temperature; is --freq right?")
+        raise UserError(f"{path}: over half of the steps have no temperature; does --freq fit?")
     return series
 
 
 def read_stamps(column, path):
     """The column "Date Time" as a DatetimeIndex; UserError names a row that cannot be right."""
     stamps = pd.to_datetime(column, format=STAMP, errors="coerce")
-    if stamps.isna().any():
-        row = int(np.flatnonzero(stamps.isna())[0])
-        date = str(column.iloc[row])
-        raise UserError(f"{path}: row {row + 1} has the date {date!r}; write 31.12.2009 23:50:00")
     far = (stamps - stamps.median()).abs() > pd.Timedelta(days=200 * 365.25)
-    if far.any():
-        row = int(np.flatnonzero(far)[0])
-        raise UserError(f"{path}: row {row + 1} is centuries away: {column.iloc[row]}; correct it")
+    for row in np.flatnonzero(stamps.isna() | far):
+        date = str(column.iloc[row])
+        raise UserError(f"{path}: row {row + 1} has the date {date!r}, unreadable or "
+                        "centuries from the others; write 31.12.2009 23:50:00")  # fmt: skip
     return pd.DatetimeIndex(stamps)
 
 
@@ -136,15 +132,14 @@ def calendar(index):
     return np.stack([np.sin(year), np.cos(year), np.sin(day), np.cos(day)], axis=1)
 
 
-def harmonics(index, steps_a_day):
-    """(N, K) regressors of the climatology: 1, two harmonics of the year, and, for steps shorter
-    than a day, two harmonics of the day that change with the season."""
+def harmonics(index):
+    """(N, 17) regressors of the climatology: 1, two harmonics of the year, and two of the day that
+    change with the season. On daily steps these repeat the others; the least squares allow it."""
     sin_y, cos_y, sin_d, cos_d = calendar(index).T
     # 2 sin cos and cos^2 - sin^2 are the sine and cosine of the doubled angle.
     terms = [np.ones(len(index)), sin_y, cos_y, 2 * sin_y * cos_y, cos_y**2 - sin_y**2]
-    if steps_a_day > 1:
-        for wave in (sin_d, cos_d, 2 * sin_d * cos_d, cos_d**2 - sin_d**2):
-            terms += [wave, wave * sin_y, wave * cos_y]
+    for wave in (sin_d, cos_d, 2 * sin_d * cos_d, cos_d**2 - sin_d**2):
+        terms += [wave, wave * sin_y, wave * cos_y]
     return np.stack(terms, axis=1)
 
 
@@ -208,7 +203,7 @@ class Weather:
 
 
 def in_parts(starts):
-    """Starts (n,) in parts whose features fit into the memory."""
+    """Starts (n,) in parts, to save memory: a window has many features."""
     return np.array_split(starts, len(starts) // 4096 + 1)
 
 
@@ -223,7 +218,7 @@ def prepare(args, series, path):
     train_end = split * 4 // 5
     midnights = np.flatnonzero(index[split:] == index[split:].normalize()) + split
     first_test = int(midnights[0]) if len(midnights) else len(index)
-    design = harmonics(index, steps_a_day)
+    design = harmonics(index)
     columns = [TARGET]
     if args.features == "all":
         usable = series[:train_end].notna().mean() > 0.5
@@ -264,19 +259,13 @@ def network_inputs(anomalies, scale, index):
 # --- linear models ------------------------------------------------------------------------------
 
 
-class Ridge(NamedTuple):
-    """A ridge regression's weights (F, horizon), fitted twice with the same penalties."""
-
-    train: np.ndarray  # to the training windows
-    both: np.ndarray  # to the training and validation windows
-
-
 def fit_linear_models(weather):
     """Fit the small ridge regression, on the features of x, which the network corrects, and the
     large one, on all features, which is the linear baseline.
 
     Each takes the penalty, and the factor for products with season and hour, that have the least
-    validation error. The small one has weights 0 for the features of z.
+    validation error, and is {"train", "both"}: weights (F, horizon) fitted to the training windows,
+    and to those of validation too. The small one has weights 0 for the features of z.
     """
 
     def moments(starts):  # X^T X and X^T Y are enough to solve for every penalty
@@ -303,7 +292,7 @@ def fit_linear_models(weather):
     def fit(size):
         choices = product([size], PENALTIES, FACTORS)
         best = min(choices, key=lambda choice: mean_error(Y, X @ solve(*train, *choice)))
-        return Ridge(solve(*train, *best), solve(*both, *best))
+        return {"train": solve(*train, *best), "both": solve(*both, *best)}
 
     return fit(sum(sizes[:3])), fit(sum(sizes))
 
@@ -337,8 +326,9 @@ def build_model(options):
 
 @torch.no_grad()
 def forecast(model, inputs, past, batch_size=512):
-    """Scaled anomalies (n, horizon) from inputs (N, D) and the known steps (n, known)."""
+    """Scaled anomalies (n, horizon) from inputs (N, D) and the known steps (n, known), arrays."""
     model.eval()
+    inputs = torch.from_numpy(inputs).to(model.share.device)
     parts = [model(inputs[rows.t()]) for rows in torch.as_tensor(past).split(batch_size)]
     return torch.cat(parts).cpu().numpy()
 
@@ -361,7 +351,7 @@ def train(args, name, weather, data, W_xq, device):
     curve_starts = weather.starts["train"][:: len(starts) // CURVE_WINDOWS + 1]
 
     def error(starts):
-        guess = forecast(run.averaged, inputs, weather.past(starts))
+        guess = forecast(run.averaged.module, weather.inputs, weather.past(starts))
         return mean_error(weather.targets(starts), guess) * scale
 
     for _ in run.epochs():
@@ -386,20 +376,16 @@ def finish(run, weather, small, large):
 
     Returns share and band (2, horizon): quantiles of the mixture's validation errors, degC.
     """
-    model, inputs = run.model, torch.from_numpy(weather.inputs).to(run.params[0].device)
-    starts = weather.starts["validation"]
+    model, starts = run.model, weather.starts["validation"]
     model.share.fill_(1.0)
-    model.W_xq.copy_(torch.from_numpy(small.train))
-    network = forecast(model, inputs, weather.past(starts))
-    ridge, truth = weather.linear_forecast(starts, large.train), weather.targets(starts)
-
-    def mixture(share):
-        return share * network + (1 - share) * ridge
-
-    share = min(SHARES, key=lambda share: mean_error(truth, mixture(share)))
-    band = np.quantile((truth - mixture(share)) * weather.scale[0], BAND, axis=0)
+    model.W_xq.copy_(torch.from_numpy(small["train"]))
+    network = forecast(model, weather.inputs, weather.past(starts))
+    ridge, truth = weather.linear_forecast(starts, large["train"]), weather.targets(starts)
+    mixtures = {share: share * network + (1 - share) * ridge for share in SHARES}
+    share = min(SHARES, key=lambda share: mean_error(truth, mixtures[share]))
+    band = np.quantile((truth - mixtures[share]) * weather.scale[0], BAND, axis=0)
     model.share.fill_(share)
-    model.W_xq.copy_(torch.from_numpy(share * small.both + (1 - share) * large.both))
+    model.W_xq.copy_(torch.from_numpy(share * small["both"] + (1 - share) * large["both"]))
     run.save_best(model, band=band.tolist())
     return share, band
 
@@ -407,14 +393,13 @@ def finish(run, weather, small, large):
 def test(run, name, weather, data, small, large):
     """Test a trained structure, write its results; returns the content of metrics.json."""
     share, band = finish(run, weather, small, large)
-    inputs, scale = torch.from_numpy(weather.inputs).to(run.params[0].device), weather.scale[0]
     forecasts, entries = {}, {}
     for part in PARTS:
         starts = weather.starts[part]
         future = weather.future(starts)
-        anomalies = forecast(run.model, inputs, weather.past(starts)) * float(scale)
+        anomalies = forecast(run.model, weather.inputs, weather.past(starts)) * weather.scale[0]
         forecasts[part] = {"model": weather.climatology[future] + anomalies}
-        forecasts[part] |= baseline_forecasts(weather, starts, large.both)
+        forecasts[part] |= baseline_forecasts(weather, starts, large["both"])
         entries[part] = test_errors(weather.truth[future], forecasts[part], band)
     split = {part: len(weather.starts[part]) for part in ("train", "validation")}
     split["test"] = len(weather.starts["daily_origins"])
@@ -487,7 +472,9 @@ def draw(run, weather, forecasts, band, name):
     starts, model = weather.starts["segments"], forecasts["segments"]["model"]
     errors = np.abs(weather.truth[weather.future(starts)] - model).mean(axis=1)
     windows = []
-    for i in np.argsort(errors)[np.linspace(0, len(starts) - 1, 6).round().astype(int)]:
+    for i in np.argsort(errors)[
+        np.linspace(0, len(starts) - 1, min(6, len(starts))).round().astype(int)
+    ]:
         steps = slice(starts[i], starts[i] + weather.known + weather.horizon)
         windows.append({
             "index": weather.index[steps], "truth": weather.truth[steps], "forecast": model[i],
@@ -536,12 +523,11 @@ def predict(args, device):
     if "band" not in saved:
         raise UserError(f"{args.checkpoint} is of a run that was stopped; resume it or train again")
     with training.refuse_damaged(args.checkpoint):
-        options = saved["options"]
-        freq, known, horizon = options["freq"], options["known"], options["horizon"]
-        steps_a_day, columns = STEPS_A_DAY[freq], options["columns"]
-        coefficients, scale = np.array(saved["climatology"]), np.array(saved["scale"])
-        band = np.array(saved["band"])  # (2, horizon)
-        model = build_model(options).to(device)
+        keys = ("freq", "known", "horizon", "columns")
+        freq, known, horizon, columns = (saved["options"][key] for key in keys)
+        keys = ("climatology", "scale", "band")
+        coefficients, scale, band = (np.array(saved[key]) for key in keys)  # band (2, horizon)
+        model = build_model(saved["options"]).to(device)
         model.load_state_dict(saved["weights"])
     frame, data = datasets.load(datasets.CLIMATE, args.predict)
     with contextlib.redirect_stdout(sys.stderr):  # only the forecast goes to stdout
@@ -549,13 +535,14 @@ def predict(args, device):
     datasets.check_columns(series, columns, args.predict)
     recent = series.loc[: series[TARGET].last_valid_index(), columns].iloc[-known:]
     if len(recent) < known or recent.isna().to_numpy().any():
-        days = known // steps_a_day
-        raise UserError(f"{args.predict} does not end with {days} whole days; give it more rows")
+        days = known // STEPS_A_DAY[freq]
+        names = ", ".join(columns)
+        raise UserError(f"{args.predict} does not end with {days} whole days of {names}; add them")
     coming = pd.date_range(recent.index[-1], periods=horizon + 1, freq=freq)[1:]
-    anomalies = recent.to_numpy(float) - harmonics(recent.index, steps_a_day) @ coefficients
-    inputs = torch.from_numpy(network_inputs(anomalies, scale, recent.index)).to(device)
+    anomalies = recent.to_numpy(float) - harmonics(recent.index) @ coefficients
+    inputs = network_inputs(anomalies, scale, recent.index)
     guess = forecast(model, inputs, np.arange(known)[None])[0] * scale[0]
-    values = guess + (harmonics(coming, steps_a_day) @ coefficients)[:, 0]
+    values = guess + (harmonics(coming) @ coefficients)[:, 0]
     print(f"the last known step begins at {recent.index[-1]:{STAMP}}; the forecast covers "
           f"{coming[0]:{STAMP}} to {coming[-1]:{STAMP}}", file=sys.stderr)  # fmt: skip
     print(f"Date Time,{TARGET},low 10 % (degC),high 90 % (degC)")
@@ -570,7 +557,7 @@ def train_and_test(args, device):
     small, large = fit_linear_models(weather)
     results, histories = {}, {}
     for name in training.structures(args, "temp"):
-        run = train(args, name, weather, data, small.train, device)
+        run = train(args, name, weather, data, small["train"], device)
         if training.is_first():
             results[name] = test(run, name, weather, data, small, large)
             histories[name] = run.history
