@@ -130,9 +130,8 @@ def draw_lead_time(figure, hours, errors, title):
     figure.set_size_inches(10.4, 3.8)
     pairs = (("mean", np.mean), ("median", np.median))
     for axes, (label, measure) in zip(figure.subplots(1, 2), pairs, strict=True):
-        for number, (name, values) in enumerate(errors.items()):
-            style = "k.-" if number == 0 else ".-"
-            axes.plot(hours, measure(values, axis=0), style, markersize=4, label=name)
+        for name, values in errors.items():
+            axes.plot(hours, measure(values, axis=0), ".-", markersize=4, label=name)
         axes.set(title=f"{label} {title}", xlabel="hours ahead", ylabel="degC", ylim=(0, None))
         axes.grid(alpha=0.3)
     axes.legend(fontsize=8)

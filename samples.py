@@ -1,13 +1,14 @@
-"""The bundled samples: seeded generators that stand in for the two real files without a network.
+"""The made-up samples: seeded generators that stand in for the two real files without a network.
 
-Both are made up from the lists below; a model's scores on them say nothing about real data.
+The reviews are made of the lists below, the temperatures of cycles and noise; a model's scores on
+them say nothing about real data.
 """
 
 import numpy as np
 import pandas as pd
 
 # A review is a row of clauses. Each category has clauses of its own; related categories share the
-# clauses of a group; clauses of the last list fit all; some only mention another category.
+# clauses of a group; those of ANYWHERE fit all; those of MENTIONS name another category.
 CATEGORIES = {
     "书籍": ("纸", ["情节引人入胜", "作者的观点很独到", "文字优美", "翻译得不通顺", "读完很受启发", "错别字不少", "适合睡前翻一翻", "内容有点啰嗦"]),
     "平板": ("屏", ["孩子拿来上网课", "触控笔很跟手", "看视频够大", "分屏不太好用", "当画板也行", "放在支架上看剧", "比手机大一圈", "平板壳是送的"]),
@@ -54,9 +55,8 @@ def reviews(rows=2000, seed=0):
 def temperatures(years=8, seed=0):
     """A DataFrame Date Time,p (mbar),T (degC) of hourly made-up weather from 2009 on.
 
-    Temperature is a yearly and a daily cycle, noise that persists longer in winter, and fronts:
-    about every five days the pressure falls while warm air comes in for a day, then it turns cold
-    within hours and recovers over days. The same seed gives the same weather.
+    Temperature is a yearly and a daily cycle, and noise that persists longer in winter; the
+    pressure shows this noise half a day ahead. The same seed gives the same weather.
     """
     rng = np.random.default_rng(seed)
     stamps = pd.date_range("2009-01-01", f"{2009 + years}-01-01", freq="h", inclusive="left")
@@ -70,16 +70,6 @@ def temperatures(years=8, seed=0):
     for t in range(1, hours):
         noise[t] += kept[t] * noise[t - 1]
 
-    age = np.arange(-36, 120)  # hours since the front passed
-    cold = np.exp(-age / 40.0) * (1 - np.exp(-(age + 1) / 3.0))
-    warmth = np.where(age < 0, np.exp(age / 12.0), -cold)
-    low = -np.exp(-np.abs(age) / 18.0)
-    fronts, pressure = np.zeros(hours), np.zeros(hours)
-    start = 0
-    while (start := start + 48 + int(rng.exponential(72))) + len(age) < hours:
-        strength = rng.uniform(2, 8)
-        fronts[start : start + len(age)] += strength * warmth
-        pressure[start : start + len(age)] += 1.5 * strength * low
-    pressure += 1015 + rng.standard_normal(hours)
-    T, stamps = (cycles + noise + fronts).round(2), stamps.strftime("%d.%m.%Y %H:%M:%S")
+    pressure = 1015 - 2 * np.roll(noise, -12) + rng.standard_normal(hours)  # half a day ahead
+    T, stamps = (cycles + noise).round(2), stamps.strftime("%d.%m.%Y %H:%M:%S")
     return pd.DataFrame({"Date Time": stamps, "p (mbar)": pressure.round(2), "T (degC)": T})

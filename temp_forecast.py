@@ -390,7 +390,7 @@ def finish(run, weather, small, large):
     return share, band
 
 
-def test(run, name, weather, data, small, large):
+def test(run, weather, data, small, large):
     """Test a trained structure, write its results; returns the content of metrics.json."""
     share, band = finish(run, weather, small, large)
     forecasts, entries = {}, {}
@@ -403,9 +403,9 @@ def test(run, name, weather, data, small, large):
         entries[part] = test_errors(weather.truth[future], forecasts[part], band)
     split = {part: len(weather.starts[part]) for part in ("train", "validation")}
     split["test"] = len(weather.starts["daily_origins"])
-    metrics = run.write_metrics(name, data, split, entries)
+    metrics = run.write_metrics(data, split, entries)
     write_predictions(run.folder / "predictions.csv", weather, forecasts["segments"]["model"], band)
-    title = f"{NAMES[name]}{training.stamp(data)}"
+    title = f"{NAMES[run.name]}{training.stamp(data)}"
     mixture = f"{share:.0%} network and {1 - share:.0%} ridge"
     print_errors(entries, f"{title}, test, epoch {run.best['epoch']}, {mixture}")
     draw(run, weather, forecasts, band, title)
@@ -559,7 +559,7 @@ def train_and_test(args, device):
     for name in training.structures(args, "temp"):
         run = train(args, name, weather, data, small["train"], device)
         if training.is_first():
-            results[name] = test(run, name, weather, data, small, large)
+            results[name] = test(run, weather, data, small, large)
             histories[name] = run.history
     if args.model == "all" and training.is_first():
         compare(args, results, histories)

@@ -9,8 +9,9 @@ comes from the training rows; the epoch with the best validation macro-F1 is tes
 """
 
 import contextlib
-import io
+import json
 import logging
+import os
 import sys
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -26,7 +27,7 @@ import plots
 import training
 from datasets import UserError
 from metrics import accuracy, confusion_matrix, precision_recall_f1
-from rnn_models import CELLS, POOLS, TextClassifier, init_state, reverse
+from rnn_models import CELLS, POOLS, TextClassifier, init_state
 from training import NAMES, Run, number
 
 PAD, UNK = 0, 1
@@ -52,8 +53,7 @@ def parse_args(arguments=None):
     parser = training.make_parser(__doc__, **DEFAULTS)
     add = parser.add_argument
     share = number(float, 0, 0.999)
-    add("--preset", choices=PRESETS, help="lab: words, last state, lr 1e-3, no smoothing, no "
-        "averaging, ...; options given beside it win")  # fmt: skip
+    add("--preset", choices=PRESETS, help="the lab's plain setting; options given beside it win")
     add("--tokens", choices=["both", "word"], default="both", help="jieba's words, or characters "
         "with their word, their place in it, and the next character")  # fmt: skip
     add("--embedding", type=number(int, 1, 8192), default=128, help="size D of an embedding")
@@ -61,7 +61,12 @@ def parse_args(arguments=None):
     add("--min-freq", type=number(int, 1, 10**9), default=2, help="rarer tokens are <unk>")
     add("--max-tokens", type=number(int, 1, 10_000), default=256, help="longer texts are cut")
     add("--label-smoothing", type=share, default=0.1, help="target's share spread over all classes")
-    add("--word-dropout", type=share, default=0.2, help="share of words that are <unk> in training")
+    add(
+        "--word-dropout",
+        type=share,
+        default=0.2,
+        help="share of tokens whose word is hidden in training",
+    )
     add("--predict", metavar="TEXT", help="classify this text, with - each line of the input; "
         "--predict=TEXT for a text that begins with -")  # fmt: skip
     return training.parse(parser, arguments, PRESETS)
@@ -104,8 +109,7 @@ def read_reviews(args):
     sizes = ", ".join(f"{len(rows)} {part}" for part, rows in split.items())
     empty = int((~usable).sum())
     print(f"{path}: {len(texts)} rows ({sizes}; {empty} empty left out), {len(classes)} classes")
-    number_of = {name: k for k, name in enumerate(classes)}
-    labels = np.array([number_of.get(name, -1) for name in names])  # -1: left out
+    labels = pd.Index(classes).get_indexer(names)  # -1: left out
     return Reviews(texts, labels, classes, split, data)
 
 
@@ -117,17 +121,16 @@ def cut_words(texts):
 
 def cached_words(texts, sha256):
     """`cut_words` of a file's texts, kept in data/ because cutting takes half a minute."""
-    path = datasets.DATA_DIR / f"words_{sha256[:16]}_{jieba.__version__}.txt"
-    with contextlib.suppress(OSError, ValueError):  # absent, or damaged
-        with open(path, encoding="utf-8", newline="") as stream:
-            cuts = [text.split("\x1f") for text in stream.read().split("\x1e")]
+    path = datasets.DATA_DIR / f"words_{sha256[:16]}_{jieba.__version__}.json"
+    with contextlib.suppress(OSError, ValueError, TypeError):  # absent, or damaged
+        cuts = json.loads(path.read_text(encoding="utf-8"))
         if ["".join(cut) for cut in cuts] == texts:
-            return [list(filter(None, cut)) for cut in cuts]
+            return cuts
     print("cutting words ...", flush=True)
     cuts = cut_words(texts)
     with contextlib.suppress(UserError, ValueError):  # it is only a cache
-        with datasets.whole_file(path, "w", encoding="utf-8", newline="") as stream:
-            stream.write("\x1e".join(map("\x1f".join, cuts)))
+        with datasets.whole_file(path, "w", encoding="utf-8") as stream:
+            json.dump(cuts, stream, ensure_ascii=False)
     return cuts
 
 
@@ -171,7 +174,11 @@ def build_vocabularies(tokens, min_freq):
         order = np.argsort(-counts, kind="stable")
         vocabularies[aspect] = names[order[counts[order] >= least]].tolist()
     if "place" in tokens:
-        vocabularies["place"] = [FIRST, INSIDE, LAST]  # so each is its own id; ALONE is 1, as UNK
+        vocabularies["place"] = [
+            FIRST,
+            INSIDE,
+            LAST,
+        ]  # so ids are these numbers; ALONE is 1, as UNK
     return vocabularies
 
 
@@ -226,15 +233,13 @@ def build_model(options, vocabularies, num_classes):
 
 
 @torch.no_grad()
-def probabilities(model, corpus, rows, batch_size=128):
+def probabilities(model, corpus, rows):
     """Class probabilities (n, K) of the texts in rows (n,), in their order, on the CPU."""
     model.eval()
-    scores, order = [], corpus.by_length(rows, batch_size)
-    for batch in order:
-        tokens, lengths, _ = corpus.batch(batch)
-        scores.append(model(tokens, lengths).softmax(dim=1).cpu())  # (B, K)
-    by_row = torch.empty(len(corpus.lengths), scores[0].shape[1])
-    by_row[torch.cat(order)] = torch.cat(scores)
+    order = corpus.by_length(rows, 128)
+    p = torch.cat([model(*corpus.batch(batch)[:2]).softmax(dim=1).cpu() for batch in order])
+    by_row = torch.empty(len(corpus.lengths), p.shape[1])
+    by_row[torch.cat(order)] = p
     return by_row[rows]
 
 
@@ -259,9 +264,9 @@ def validate(model, corpus, reviews, train_rows):
 def train(args, name, reviews, corpus, vocabularies):
     """Train one structure; returns its run, whose model has the best epoch's weights."""
     kept = ("tokens", "embedding", "hidden", "pool", "dropout", "loops", "max_tokens")
-    options = {key: getattr(args, key) for key in kept}
     config = {
-        "task": "text", "options": {"model": name, **options}, "vocabularies": vocabularies,
+        "task": "text", "options": {"model": name} | {key: getattr(args, key) for key in kept},
+        "vocabularies": vocabularies,
         "labels": reviews.classes, "sha256": reviews.data["sha256"],
     }  # fmt: skip
     torch.manual_seed(args.seed)
@@ -284,20 +289,19 @@ def train(args, name, reviews, corpus, vocabularies):
     return run
 
 
-def test(run, name, reviews, corpus):
+def test(run, reviews, corpus):
     """Test a trained structure, write its results; returns metrics, history, probabilities."""
     p = probabilities(run.model, corpus, reviews.split["test"])
     matrix, scores = test_scores(reviews, p)
     split = {part: len(rows) for part, rows in reviews.split.items()}
-    metrics = run.write_metrics(name, reviews.data, split, scores)
+    metrics = run.write_metrics(reviews.data, split, scores)
     write_predictions(run.folder / "predictions.csv", reviews, p)
-    title = f"{NAMES[name]}{training.stamp(reviews.data)}"
+    title = f"{NAMES[run.name]}{training.stamp(reviews.data)}"
     print_scores(scores, f"{title}, test rows, epoch {run.best['epoch']}")
-    curves = pd.DataFrame(run.history)
-    panels = {f"{title}: cross-entropy, no dropout": "loss", f"{title}: accuracy": "accuracy"}
+    history = pd.DataFrame(run.history)
     plots.draw_curves(run.folder / "curves.png", {
-        title: {part: curves[f"{part}_{key}"] for part in ("train", "validation")}
-        for title, key in panels.items()
+        f"{title}: {what}": {part: history[f"{part}_{key}"] for part in ("train", "validation")}
+        for what, key in (("cross-entropy, no dropout", "loss"), ("accuracy", "accuracy"))
     })  # fmt: skip
     plots.draw_confusion(run.folder / "confusion.png", matrix, reviews.classes, title)
     print(f"results in {run.folder}: open curves.png and confusion.png; classify a text with")
@@ -351,8 +355,8 @@ def write_predictions(path, reviews, p):
 
 
 def gradient_reach(model, corpus, rows):
-    """How far the loss's gradient reaches back: the mean of ||dL/dH_t||, REACH distances from
-    the texts' ends, divided by the mean at the end, over texts of at least REACH tokens in rows.
+    """How far the loss's gradient reaches back: for each distance 0..REACH-1 from a text's end the
+    mean of ||dL/dH_t||, divided by that at distance 0, over texts of at least REACH tokens in rows.
 
     H_t: the forward direction's states. Calling the cell for one step at a time makes each H_t a
     tensor of its own, whose gradient holds what comes from all later steps and from the pooling.
@@ -362,25 +366,20 @@ def gradient_reach(model, corpus, rows):
     rows = rows[corpus.lengths[rows] >= REACH][:512]
     if not len(rows):
         return []
-    cell, recurrence = model.recurrence.cell, model.recurrence
-    one_direction = "lstm" if cell == "bi_lstm" else cell
-    h, total = recurrence.num_hiddens, torch.zeros(REACH)
+    recurrence, total = model.recurrence, torch.zeros(REACH)
+    cell, h = recurrence.cell.removeprefix("bi_"), recurrence.num_hiddens
     identity = [torch.eye(h, device=corpus.device), torch.zeros(h, device=corpus.device)]
-    params, *params_b = [[*part, *identity] for part in recurrence.directions()]
+    params = [*recurrence.directions()[0], *identity]
     for batch in corpus.by_length(rows, 64):
         tokens, lengths, labels = corpus.batch(batch)
         inputs = model.embed(tokens).detach()  # (T, B, D)
-        state = init_state(one_direction, len(batch), h, corpus.device)
-        H = []
+        state, H = init_state(cell, len(batch), h, corpus.device), []
         for X in inputs:
-            _, state = CELLS[one_direction](X[None], state, params)
+            _, state = CELLS[cell](X[None], state, params)
             H.append(state[0])
             state[0].retain_grad()
-        states = torch.stack(H)  # (T, B, h)
-        if cell == "bi_lstm":
-            state = init_state("lstm", len(batch), h, corpus.device)
-            H_b, _ = CELLS["lstm"](reverse(inputs, lengths), state, params_b[0])
-            states = torch.cat([states, reverse(H_b, lengths)], dim=2)
+        backward = recurrence(inputs, lengths)[:, :, h:]  # nothing unless "bi_lstm"
+        states = torch.cat([torch.stack(H), backward], dim=2)
         F.cross_entropy(model.classify(states, lengths), labels, reduction="sum").backward()
         norms = torch.stack([H_t.grad.norm(dim=1) for H_t in H])  # (T, B)
         back = lengths - 1 - torch.arange(REACH, device=corpus.device)[:, None]  # (REACH, B)
@@ -397,15 +396,13 @@ def compare(args, reviews, results, reach):
         kept = (*SCORES, "parameters", "seconds_per_epoch", "best_epoch")
         rows.append({"model": NAMES[name]} | {key: own[key] for key in kept})
     p = torch.stack([result["probabilities"] for result in results.values()]).mean(dim=0)
-    mean = {key: test_scores(reviews, p)[1][key] for key in SCORES}
-    mean["parameters"] = sum(row["parameters"] for row in rows)
-    rows.append({"model": "mean of the four"} | mean)
-    reach = {NAMES[name]: values for name, values in reach.items()}
-    content = {"argv": sys.argv[1:], "seed": args.seed, "data": reviews.data}
-    content |= {"rows": rows, "gradient_reach": reach}
-    stamp = training.stamp(reviews.data)
+    _, scores = test_scores(reviews, p)
+    mean = {"model": "mean of the four"} | {key: scores[key] for key in SCORES}
+    rows.append(mean | {"parameters": sum(row["parameters"] for row in rows)})
+    content = {"argv": sys.argv[1:], "seed": args.seed, "data": reviews.data,
+               "rows": rows, "gradient_reach": reach}  # fmt: skip
+    folder, stamp = args.out / "text_all", training.stamp(reviews.data)
     note = f"Test rows{stamp}; precision, recall and F1 are macro averages."
-    folder = args.out / "text_all"
     training.write_comparison(folder, rows, content, note)
     histories = {name: result["history"] for name, result in results.items()}
     keys = {f"Validation cross-entropy{stamp}": "validation_loss"}
@@ -439,9 +436,7 @@ def predict(args, device):
         labels = [on_one_line(label) for label in saved["labels"]]
         model = build_model(saved["options"], vocabularies, len(labels)).to(device)
         model.load_state_dict(saved["weights"])
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8", errors="replace")
-    given = [args.predict.encode("utf-8", "surrogateescape")]
+    given = [os.fsencode(args.predict)]
     lines = iter(sys.stdin.buffer if args.predict == "-" else given)
     while part := list(islice(lines, 256)):
         texts = [decode(line).strip(BLANKS) for line in part]
@@ -468,9 +463,9 @@ def train_and_test(args, device):
     for name in training.structures(args, "text"):
         run = train(args, name, reviews, corpus, vocabularies)
         if training.is_first():
-            results[name] = test(run, name, reviews, corpus)
+            results[name] = test(run, reviews, corpus)
             if args.model == "all":
-                reach[name] = gradient_reach(run.model, corpus, reviews.split["validation"])
+                reach[NAMES[name]] = gradient_reach(run.model, corpus, reviews.split["validation"])
     if args.model == "all" and training.is_first():
         compare(args, reviews, results, reach)
 

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -49,7 +50,7 @@ def number(kind, low, high):
             value = math.nan
         if not low <= value <= high:
             noun = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {noun} from {low:g} to {high:g}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not {noun} from {low:,} to {high:,}")
         return value
 
     return convert
@@ -68,9 +69,12 @@ def make_parser(description, **defaults):
         "better validation score; 0: never")  # fmt: skip
     add("--batch-size", type=number(int, 1, 100_000), help="sequences in one step")
     add("--hidden", type=number(int, 1, 8192), help="hidden units h of one direction")
-    add("--dropout", type=share, help="share of the classifier's and the last layer's inputs set "
-        "to zero in training")  # fmt: skip
-    add("--lr", type=number(float, 1e-12, 1e6), help="learning rate of AdamW, at its highest")
+    add("--dropout", type=share, help="share of inputs and last states set to zero in training")
+    add(
+        "--lr",
+        type=number(float, 1e-12, 1e6),
+        help="learning rate of AdamW; with --descent up to 12/13 of it",
+    )
     add("--descent", type=number(int, 0, 10**9), help="steps in which the rate rises and falls to "
         "a twentieth, at most all steps; 0: constant rate")  # fmt: skip
     add("--weight-decay", type=number(float, 0, 1000), help="weight decay of AdamW")
@@ -79,7 +83,7 @@ def make_parser(description, **defaults):
     add("--seed", type=number(int, 0, 2**31), help="of initialisation, shuffling and dropout")
     add("--device", help="auto, cpu, cuda or cuda:N; auto takes a GPU that torch can use")
     add("--data", type=Path, help="CSV, or a zip that holds one; without it: RNN_DATA_DIR, data/, "
-        "a download, the bundled sample")  # fmt: skip
+        "a download, the made-up sample")  # fmt: skip
     add("--out", type=Path, help="folder of the results")
     add("--resume", action="store_true", help="go on after the last finished epoch of this run")
     add("--checkpoint", type=Path, help="the best.pt of an earlier run, for --predict")
@@ -95,7 +99,7 @@ def parse(parser, arguments=None, presets=None):
     Raises UserError for arguments that do not go together.
     """
     for action in parser._actions:
-        if not any(action.default is none for none in (None, False, argparse.SUPPRESS)):
+        if str(action.default) not in ("None", "False", argparse.SUPPRESS):
             action.help += " (default: %(default)s)"
     args = parser.parse_args(arguments)
     if presets and args.preset:
@@ -124,14 +128,11 @@ def pick_device(name):
             print("the NVIDIA card is not used: this torch has no CUDA; "
                   "see https://pytorch.org/get-started/locally", file=sys.stderr)  # fmt: skip
         name = "cpu"
-    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
-        device = torch.device(own if name in ("auto", "cuda") else name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
+    if name in ("auto", "cuda"):
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if not re.fullmatch(r"cpu|cuda:\d\d?", name):
         raise UserError(f"--device {name} is none of auto, cpu, cuda, cuda:N")
-    count = torch.cuda.device_count()
+    device, count = torch.device(name), torch.cuda.device_count()
     if device.type == "cuda" and device.index >= count:
         raise UserError(f"{device} is not there: this machine has {count} GPUs; use fewer "
                         "processes, another --device, or cpu")  # fmt: skip
@@ -170,19 +171,17 @@ def start(args, predict, train_and_test):
 
 def tune_allocator():
     """Let glibc keep freed memory for the next tensors; call this once, when a program starts."""
-    try:
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # no glibc: Windows, macOS, musl
         mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return  # not glibc: Windows, macOS, musl
-    mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: tensors up to 32 MiB come from the heap
-    mallopt(-1, 2**30)  # M_TRIM_THRESHOLD: keep up to 1 GiB of freed heap
+        mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: tensors up to 32 MiB come from the heap
+        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD: keep up to 1 GiB of freed heap
 
 
 def run_script(main):
     """Call a script's main; end with one line on stderr and status 2 for what a user can mend."""
     tune_allocator()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a console that lacks a character shows "?"
+        sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     status = 2
     try:
         main()
@@ -194,9 +193,8 @@ def run_script(main):
         message = "interrupted; with --resume a training goes on after its last finished epoch"
         status = 130
     except (MemoryError, RuntimeError) as error:
-        full = ("can't allocate memory", "not enough memory")  # torch on Linux, on Windows
-        out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if not out_of_memory and not any(words in str(error) for words in full):
+        full = re.search("(can't allocate|not enough|out of) memory", str(error))  # torch's words
+        if not isinstance(error, MemoryError) and not full:
             raise
         message = "error: the memory is full; lower --batch-size or --hidden"
     except BrokenPipeError:  # the reader, `head` for one, has gone
@@ -250,12 +248,12 @@ def clear_folder(folder):
 
 
 def structures(args, task):
-    """The names of the structures to train. A new run of all four removes the earlier results of
-    all of them now, so that a later --resume never mixes old and new ones."""
+    """The names of the structures to train. Before a new run of all four the earlier results of
+    all of them are removed, so that a later --resume never mixes old and new ones."""
     if args.model != "all":
         return [args.model]
-    if is_first() and not args.resume:
-        for name in ("all", *NAMES):
+    for name in ["all"] if args.resume else ["all", *NAMES]:
+        if is_first():
             clear_folder(args.out / f"{task}_{name}")
     return list(NAMES)
 
@@ -287,16 +285,15 @@ def load_checkpoint(path, task):
     Raises UserError for a file that is missing, damaged, foreign or of another version.
     """
     if not os.path.isfile(path):  # Path.is_file fails for names that are too long
-        raise UserError(f"{path} is no file; name a best.pt that this script wrote")
+        raise UserError(f"{path} is missing; name a best.pt that this script wrote")
     try:
         damaged = zipfile.ZipFile(path).testzip()  # compares every part with its check sum
         content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes raise whatever they lead to
         raise UserError(f"{path} is damaged or no checkpoint; train again") from error
-    if not isinstance(content, dict) or content.get("task") != task:
-        raise UserError(f"{path} is damaged or of another script; name another or train again")
-    if content.get("format") != FORMAT:
-        raise UserError(f"{path} is of another version of this program; train again")
+    kind = isinstance(content, dict) and (content.get("task"), content.get("format"))
+    if kind != (task, FORMAT):
+        raise UserError(f"{path} is damaged, or of another script or version; train again")
     return content
 
 
@@ -328,6 +325,7 @@ class Run:
         run with other options or data.
         """
         self.args, self.folder, self.config, self.model = args, folder, config, model
+        self.name = config["options"]["model"]
         self.params = list(model.parameters())
         decay = args.weight_decay
         self.optimizer = torch.optim.AdamW(self.params, args.lr, weight_decay=decay, fused=True)
@@ -337,8 +335,8 @@ class Run:
         skipped = ("resume", "out", "device", "data", "model")  # config holds the model's name
         self.options = {k: str(v) for k, v in vars(args).items() if k not in skipped}
         self.options["nproc_per_node"] = f"{world_size()}"
-        name, device = NAMES[config["options"]["model"]], self.params[0].device
-        print(f"\n{name}: {self.parameters:,} parameters, {device}", flush=True)
+        device = self.params[0].device
+        print(f"\n{NAMES[self.name]}: {self.parameters:,} parameters, {device}", flush=True)
         for path in folder.glob(".*.part"):  # what killed runs left half-written
             path.unlink(missing_ok=True)
         if args.resume and (folder / "last.pt").exists():
@@ -398,7 +396,7 @@ class Run:
             torch.manual_seed(self.args.seed * 1_000_003 + self.epoch + 10_007 * rank)
         if not batches:
             raise UserError("an epoch has no batch; lower --batch-size or the number of processes")
-        self.steps_in_epoch, self.step_in_epoch, start = len(batches), 0, time.perf_counter()
+        self.steps_in_epoch, start = len(batches), time.perf_counter()
         quiet = None if is_first() else True  # None: quiet if stderr is no terminal
         title = f"epoch {self.epoch}/{self.args.epochs}"
         self.bar = tqdm(batches, title, unit="step", disable=quiet, leave=False)
@@ -422,7 +420,7 @@ class Run:
         """One step of the optimiser down the gradient of a batch's mean loss."""
         value = loss.item()
         if not math.isfinite(value):
-            where = f"epoch {self.epoch}, step {self.step_in_epoch + 1}"
+            where = f"epoch {self.epoch}, step {self.steps % self.steps_in_epoch + 1}"
             raise UserError(f"the loss is not finite in {where}; try a lower --lr or --clip")
         rate = self.optimizer.param_groups[0]["lr"] = self.rate()
         self.optimizer.zero_grad()
@@ -434,7 +432,7 @@ class Run:
                     param.grad /= world_size()
         grad_clipping(self.params, self.args.clip)
         self.optimizer.step()
-        self.steps, self.step_in_epoch = self.steps + 1, self.step_in_epoch + 1
+        self.steps += 1
         if self.steps % AVERAGE_EVERY == 0:
             self.averaged.update_parameters(self.model)
         self.bar.set_postfix(loss=f"{value:.3f}", rate=f"{rate:.1e}", refresh=False)
@@ -451,8 +449,7 @@ class Run:
             scores = shared[0]
         if not all(map(math.isfinite, scores.values())):
             raise UserError(f"the scores of epoch {self.epoch} are not finite; try a lower --lr")
-        score = scores[monitor]
-        sign = 1 if mode == "max" else -1
+        score, sign = scores[monitor], 1 if mode == "max" else -1
         self.history.append({"epoch": self.epoch, **scores, "seconds": self.seconds})
         better = self.best is None or sign * score > sign * self.best["score"]
         if better:
@@ -487,10 +484,10 @@ class Run:
             if content["epoch"] != self.best["epoch"]:  # a GPU repeats an epoch with other rounding
                 raise UserError(f"{path} is of another epoch than the best one; train again")
 
-    def write_metrics(self, name, data, split, test):
+    def write_metrics(self, data, split, test):
         """Write metrics.json; returns its content."""
         metrics = {
-            "task": self.config["task"], "model": name, "seed": self.args.seed,
+            "task": self.config["task"], "model": self.name, "seed": self.args.seed,
             "argv": sys.argv[1:], "device": str(self.params[0].device), "torch": torch.__version__,
             "parameters": self.parameters, "epochs": self.args.epochs,
             "best_epoch": self.best["epoch"],

@@ -28,22 +28,17 @@ def folder(tmp_path_factory):
     """The working folder, of good and bad files, among them a finished run of each script."""
     folder = tmp_path_factory.mktemp("material")
     good, series = reviews(300), temperatures(years=2)
-    first = "01.01.2009 00:00:00"
-    far = series[:1].replace(first, "31.12.9999 00:00:00")
+    first, far = "01.01.2009 00:00:00", "31.12.9999 00:00:00"
     frames = {
         "good.csv": good,
-        "renamed.csv": good.rename(columns={"review": "text"}),
         "one_class.csv": good.assign(cat="书籍"),
-        "no_texts.csv": good.assign(review="  "),
         "few.csv": good.head(24),  # four test rows
         "lost_class.csv": good.assign(cat=["b" if i % 5 == 0 else "a" for i in range(1, 301)]),
         "series.csv": series,
-        "dates.csv": pd.DataFrame({"Date Time": [first, "yesterday"], "T (degC)": [1, 2]}),
-        "far.csv": pd.concat([series[:1], far, series[1:]]),
+        "dates.csv": pd.DataFrame({"Date Time": [first, "yesterday"], "T (degC)": 0}),
+        "far.csv": pd.DataFrame({"Date Time": [first, first, far], "T (degC)": 0}),
         "missing.csv": series.head(9).assign(**{"T (degC)": -9999}),
         "halves.csv": series.assign(**{"T (degC)": ["1.5", "1,5", "1,5"] * (len(series) // 3)}),
-        "short.csv": series.head(1000),
-        "days.csv": series.head(110),
         "gap.csv": series.head(300).drop(index=range(250, 260)),
     }
     for name, frame in frames.items():
@@ -56,7 +51,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def refused(folder, capsys, tmp_path):
+def refused(folder, capsys):
     """Check that a script refuses its arguments: status 2, one line with the words, no new file."""
 
     def check(kind, words, *arguments):
@@ -64,12 +59,12 @@ def refused(folder, capsys, tmp_path):
         assert exit_status(SCRIPTS[kind], *arguments) == 2
         output = capsys.readouterr()
         *before, last = output.err.splitlines()
-        predicts = "--predict" in arguments
         assert last.startswith("error: ") and words in last, output.err
-        assert len(before) <= predicts  # a forecast reports what its file holds
-        assert output.out == "" or not predicts
+        if "--predict" in arguments:
+            assert output.out == "" and len(before) <= 1  # a forecast reports what its file holds
+        else:
+            assert not before
         assert sorted(folder.rglob("*")) == files, "a file is new, or code in a checkpoint was run"
-        assert not list(tmp_path.rglob("*.p*")), "neither pictures, checkpoints nor parts of them"
 
     return check
 
@@ -96,31 +91,26 @@ MISTAKES = [
     ("both", "--checkpoint best.pt", "belong together"),
     ("both", "--data absent.csv", "does not exist"),
     ("both", "--data good.csv --out good.csv", "cannot write"),
-    ("both", "--checkpoint absent.pt --predict days.csv", "is no file"),
+    ("both", "--checkpoint absent.pt --predict x", "is missing"),
     ("text", "--checkpoint text_rnn/best.pt --predict x --lr 0.5", "--lr has no effect"),
-    ("text", "--checkpoint text_rnn/best.pt --predict x --resume", "--resume has no effect"),
     ("text", "--checkpoint temp_rnn/best.pt --predict x", "of another script"),
-    ("text", "--data renamed.csv", "no column 'review'; its columns are: cat, label, text"),
+    ("text", "--data series.csv", "no column 'review'; its columns are: Date Time, p"),
     ("text", "--data one_class.csv", "one class only"),
-    ("text", "--data no_texts.csv", "0 usable train rows"),
     ("text", "--data few.csv", "4 usable test rows, at least 5"),
     ("text", "--data lost_class.csv", "has no training row"),
-    ("temp", "--checkpoint text_rnn/best.pt --predict days.csv", "of another script"),
-    ("temp", "--checkpoint temp_rnn/best.pt --predict days.csv --freq D", "--freq has no effect"),
-    ("temp", "--checkpoint temp_rnn/best.pt --predict days.csv", "does not end with 5 whole"),
     ("temp", "--checkpoint temp_rnn/best.pt --predict gap.csv", "does not end with 5 whole"),
     ("temp", "--checkpoint temp_rnn/best.pt --predict good.csv", "no column"),
     ("temp", "--data dates.csv", "row 2 has the date 'yesterday'"),
-    ("temp", "--data far.csv", "row 2 is centuries away"),
-    ("temp", "--data missing.csv", "no temperatures"),
+    ("temp", "--data far.csv", "row 3 has the date"),
     ("temp", "--data halves.csv", "half of the steps"),
-    ("temp", "--data short.csv", "too short"),
+    ("temp", "--data missing.csv", "no temperatures"),
+    ("temp", "--data series.csv --train-years 2", "too short"),
 ]
 
 
 @pytest.mark.parametrize(("kind", "line", "words"), MISTAKES)
-def test_a_mistake_ends_with_one_line_and_status_2(kind, line, words, refused, tmp_path):
-    out = [] if "--predict" in line or "--out" in line else ["--out", tmp_path]
+def test_a_mistake_ends_with_one_line_and_status_2(kind, line, words, refused):
+    out = [] if "--predict" in line or "--out" in line else ["--out", "."]
     for script in SCRIPTS if kind == "both" else [kind]:
         refused(script, words, *line.split(), *out)
 
@@ -132,16 +122,14 @@ def test_a_checkpoint_with_a_wrong_part_is_refused(kind, refused):
     changes.append({"epoch": Path("x")})  # no tensor, no plain value: it could run code
     damaged = [[1, 2, 3], *(best | change for change in changes)]
     for needed in best.keys() - {"epoch", "sha256"}:
-        damaged.append({key: value for key, value in best.items() if key != needed})
+        damaged.append({key: best[key] for key in best if key != needed})
     for content in damaged:
         torch.save(content, "bad.pt")
         refused(kind, "train again", "--checkpoint", "bad.pt", "--predict", "series.csv")
 
 
 @both_scripts
-def test_a_run_holds_its_folder_to_the_end_and_pictures_cost_no_result(
-    kind, folder, monkeypatch, capsys, tmp_path
-):
+def test_a_run_holds_its_folder_while_pictures_fail(kind, folder, monkeypatch, capsys, tmp_path):
     drawn, run = [], tmp_path / f"{kind}_rnn"
 
     def savefig(*arguments, **options):

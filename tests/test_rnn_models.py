@@ -42,7 +42,6 @@ def test_outputs_are_T_B_Q_and_the_tensors_of_the_state_B_h(cell):
     assert not any(tensor.any() for tensor in flatten(first))
 
 
-# --- two steps by hand --------------------------------------------------------------------------
 # One sequence, one input, one unit, one output. X = 1, then -2. s is the logistic sigmoid.
 LSTM_GATES = [(0.6, -0.4, 0.2), (-0.5, 0.8, 0.3), (0.3, 0.5, -0.2), (0.7, 0.9, -0.1)]  # i, f, o, c
 
@@ -98,9 +97,6 @@ def test_bi_lstm_by_hand():
     assert found == pytest.approx([*outputs, -0.08432, -0.28170, 0.27079, 0.55365], abs=3e-5)
 
 
-# --- against torch's own layers -----------------------------------------------------------------
-
-
 def random_case(cell):
     """Inputs, a state and parameters other than zero, all float64 leaves with gradients."""
     torch.manual_seed(0)
@@ -111,41 +107,36 @@ def random_case(cell):
     return inputs, states[cell], params
 
 
-def torch_layer(cell, params):
-    """torch's layer with our weights transposed, its gates in the order r z h or i f c o."""
-    gates = {"rnn": "h", "gru": "rzh"}.get(cell, "ifco")
-    named = dict(zip(NAMES[cell].split(), params, strict=True))
-    weights = {}
-    for ours, theirs in [("", "_l0"), ("_b", "_l0_reverse")][: 2 if cell == "bi_lstm" else 1]:
-        for kind, name in [("W_x", "weight_ih"), ("W_h", "weight_hh"), ("b_", "bias_ih")]:
-            weights[name + theirs] = torch.cat([named[kind + gate + ours].t() for gate in gates])
-        weights["bias_hh" + theirs] = torch.zeros_like(weights["bias_ih" + theirs])
-    layer = {"rnn": nn.RNN, "gru": nn.GRU}.get(cell, nn.LSTM)
-    layer = layer(D, h, bidirectional=cell == "bi_lstm")
-    return lambda *arguments: torch.func.functional_call(layer, weights, arguments)
-
-
-def torch_state(cell, state):
-    """Our state in the form of torch's layers: all H, for an LSTM all C too, (directions, B, h)."""
-    tensors = flatten(state)
-    if "lstm" in cell:
-        return torch.stack(tensors[0::2]), torch.stack(tensors[1::2])
-    return torch.stack(tensors)
+def torch_layer(cell):
+    """torch's layer, and our parameters without W_hq and b_q as views of its weights."""
+    kinds = {"rnn": (nn.RNN, [0]), "gru": (nn.GRU, [1, 0, 2])}  # its gates are r z h or i f c o
+    kind, order = kinds.get(cell, (nn.LSTM, [0, 1, 3, 2]))
+    layer = kind(D, h, bidirectional=cell == "bi_lstm").double()
+    params = []
+    for W_x, W_h, b, second_b in layer.all_weights:  # of each direction
+        nn.init.zeros_(second_b)
+        gates = [weight.chunk(len(order)) for weight in (W_x, W_h, b)]
+        params += [weight[i].t() for i in order for weight in gates]
+    if cell == "gru":  # the lecture's (R * H) W_hh is torch's R * (H W_hh) if W_hh is diagonal
+        params[7].data *= torch.eye(h)
+    return layer, params
 
 
 @all_cells
 def test_values_states_and_gradients_are_those_of_torchs_layer(cell):
-    inputs, state, params = random_case(cell)
-    leaves = [inputs, *flatten(state), *params]
-    if cell == "gru":  # the lecture's (R * H) W_hh is torch's R * (H W_hh) if W_hh is diagonal
-        params[7] = params[7] * torch.eye(h)
-    outputs, last = CELLS[cell](inputs, state, params)
-    states, last_torch = torch_layer(cell, params)(inputs, torch_state(cell, state))
-    ours = [outputs, *torch_state(cell, last)]
-    theirs = [states @ params[-2] + params[-1], *last_torch]
+    inputs, state, (*_, W_hq, b_q) = random_case(cell)
+    layer, params = torch_layer(cell)
+    outputs, last = CELLS[cell](inputs, state, [*params, W_hq, b_q])
+    first = torch.stack(flatten(state))
+    if "lstm" in cell:  # torch's states are all H and all C, (directions, B, h) each
+        states, last_torch = layer(inputs, (first[0::2], first[1::2]))
+        last_torch = torch.stack(last_torch, dim=1).flatten(0, 1)  # H C, H_b C_b
+    else:
+        states, last_torch = layer(inputs, first)
+    ours, theirs = [outputs, *flatten(last)], [states @ W_hq + b_q, *last_torch]
     assert_close(ours, theirs)
     losses = [sum(value.square().sum() for value in values) for values in (ours, theirs)]
-    assert_close(*(torch.autograd.grad(loss, leaves, retain_graph=True) for loss in losses))
+    assert_close(*(torch.autograd.grad(loss, [inputs, *flatten(state)]) for loss in losses))
 
 
 def test_gru_is_the_numpy_rederivation():
@@ -169,22 +160,13 @@ def test_only_the_benchmark_uses_torchs_recurrent_layers_and_nothing_scikit_lear
         assert bool(found) == (path.name == "bench.py"), path
 
 
-# --- properties; the models (Recurrence: test_bptt.py) ------------------------------------------
-
-
-def test_reverse_turns_the_first_steps_of_each_sequence_and_leaves_its_padding():
-    sequences = torch.tensor([[1, 5], [2, 6], [3, 7], [4, 8]])[:, :, None]  # 1 2 3 4 and 5 6 7 8
-    turned = rnn_models.reverse(sequences, torch.tensor([3, 1]))[:, :, 0]
-    assert turned.t().tolist() == [[3, 2, 1, 4], [5, 6, 7, 8]]
+# --- parameters and models (Recurrence: test_bptt.py) -------------------------------------------
 
 
 @all_cells
 def test_the_first_parameters(cell):
     torch.manual_seed(1)
-    params = init_params(cell, 50, 16, 40)
-    torch.manual_seed(1)
-    assert_close(init_params(cell, 50, 16, 40), params, tolerance=0)
-    for name, param in zip(NAMES[cell].split(), params, strict=True):
+    for name, param in zip(NAMES[cell].split(), init_params(cell, 50, 16, 40), strict=True):
         assert param.requires_grad
         if name.startswith("W_x") or name == "W_hq":  # uniform in +-1/sqrt(16)
             assert -0.25 <= param.min() < -0.24 and 0.24 < param.max() <= 0.25
@@ -194,24 +176,22 @@ def test_the_first_parameters(cell):
             assert (param == (1 if name in ("b_f", "b_f_b") else 0)).all()
 
 
-WRONG = [
-    (lambda: Recurrence("cnn", 1, 1, 1), "rnn, gru, lstm, bi_lstm, not 'cnn'"),
-    (lambda: init_state("LSTM", 1, 1), "rnn, gru, lstm, bi_lstm"),
-    (lambda: init_params("rnn", 1, 0, 1), "at least 1"),
-    (lambda: Recurrence("rnn", 1, 1, 1, loops="slow"), "fast, plain, not 'slow'"),
-    (lambda: TextClassifier("rnn", [2], 1, 1, 1, pool="sum"), "last, mean, max, not 'sum'"),
-    (lambda: rnn_models.pool_states(torch.ones(1, 1, 1), torch.tensor([1]), "sum"), "'sum'"),
-    (lambda: Recurrence("gru", D, h, Q)(torch.zeros(0, B, D)), "step"),
-    (lambda: Recurrence("lstm", D, h, Q, "plain")(torch.zeros(0, B, D)), "step"),
-    (lambda: rnn_models.grad_clipping([], float("nan")), "above 0"),
-    (lambda: rnn_models.grad_clipping([], 0), "above 0"),
-]
-
-
-@pytest.mark.parametrize(("call", "message"), WRONG)
-def test_wrong_names_sizes_and_inputs_without_a_step_raise_ValueError(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
+def test_wrong_names_sizes_and_inputs_without_a_step_raise_ValueError():
+    for call, message in [
+        (lambda: init_state("LSTM", 1, 1), "rnn, gru, lstm, bi_lstm, not 'LSTM'"),
+        (lambda: init_params("rnn", 1, 0, 1), "at least 1"),
+        (lambda: Recurrence("rnn", 1, 1, 1, loops="slow"), "fast, plain, not 'slow'"),
+        (
+            lambda: rnn_models.pool_states(torch.ones(1, 1, 1), torch.ones(1), "sum"),
+            "last, mean, max",
+        ),
+        (lambda: Recurrence("gru", D, h, Q)(torch.zeros(0, B, D)), "step"),
+        (lambda: Recurrence("lstm", D, h, Q, "plain")(torch.zeros(0, B, D)), "step"),
+        (lambda: rnn_models.grad_clipping([], float("nan")), "above 0"),
+        (lambda: rnn_models.grad_clipping([], 0), "above 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 @pytest.mark.parametrize(("theta", "factor"), [(6.5, 0.5), (12.99, 12.99 / 13), (13.01, 1)])
@@ -243,7 +223,6 @@ def test_a_texts_logits_do_not_depend_on_what_it_is_batched_with(cell, pool, loo
     alone = torch.cat(alone)  # (5, 4), from texts without padding
     assert alone.std(dim=0).min() > 0.01
     assert_close([model(tokens, lengths)], [alone])
-    assert model(tokens[:, :0], lengths[:0]).shape == (0, 4)
     alone.square().sum().backward()
     assert all(param.grad.any() for param in model.parameters())
 
@@ -251,59 +230,52 @@ def test_a_texts_logits_do_not_depend_on_what_it_is_batched_with(cell, pool, loo
 def test_a_texts_inputs_are_added_embeddings_with_one_dropout_mask_for_all_steps():
     torch.manual_seed(6)
     model = TextClassifier("rnn", [400, 300], 64, 30, 30, pool="last", dropout=0.75)
+    model.recurrence.W_hq.data = torch.eye(30)  # the logits are the pooled states
     first, second = (embedding.weight for embedding in model.embeddings)
     variances = first.var().item(), second.var().item()
     assert variances == pytest.approx((1 / 2, 1 / 2), rel=0.05)  # the sum has variance 1
     tokens, lengths = torch.randint(0, 300, (T, B, 2)), torch.full((B,), T)
-    embedded = first[tokens[:, :, 0]] + second[tokens[:, :, 1]]
-    mask = model.embed(tokens) / embedded
-    assert mask.round(decimals=3).unique().tolist() == [0, 4]  # a quarter is kept, times 4
+    embedded, states = first[tokens[:, :, 0]] + second[tokens[:, :, 1]], torch.rand(T, B, 30) + 1
+    mask, last_mask = model.embed(tokens) / embedded, model.classify(states, lengths) / states[-1]
+    for kept in (mask, last_mask):  # a quarter, times 4
+        assert kept.round(decimals=3).unique().tolist() == [0, 4]
     assert torch.allclose(mask, mask[:1]) and not torch.allclose(mask[0], mask[0, :1])
-
-    # With the identity as W_hq, the logits are the pooled states.
-    model.recurrence.W_hq.data, states = torch.eye(30), torch.rand(T, B, 30) + 1
-    mask = model.classify(states, lengths) / states[-1]
-    assert mask.round(decimals=3).unique().tolist() == [0, 4]
     model.eval()
     assert torch.equal(model.embed(tokens), embedded)
     assert torch.equal(model.classify(states, lengths), states[-1])
 
 
-def test_an_untrained_forecaster_is_the_linear_forecast_worked_out_by_hand():
+def test_the_features_of_the_linear_forecast_by_hand():
     # Two days of two steps. A step: temperature, another column, sine and cosine of the year, sine
     # and cosine of the day; of these four the last step's count.
     steps = [[1, 70, 9, 9, 9, 9], [-2, 80, 9, 9, 9, 9], [5, 90, 9, 9, 9, 9]]
     window = torch.tensor([*steps, [3, 60, 0.6, -0.8, 0.5, 2]])
     x = torch.tensor([1.0, -2, 5, 3, 1])  # the temperatures, 1
     z = torch.tensor([-0.5, 75, 4, 75, 5, 90, 3, 60, 1])  # two means, the last day, 1
-    products = [z, 0.6 * z, -0.8 * z, 0.5 * z, 2 * z]
-    features = torch.cat([x, 0.6 * x, -0.8 * x, *products])
-    model = Forecaster("bi_lstm", 6, h, known=4, horizon=2, steps_a_day=2)
-    assert not model.recurrence.b_f.any() and not model.recurrence.b_f_b.any()
-    model.W_xq.copy_(torch.arange(120.0).view(60, 2))
-    expected = [features @ torch.arange(0, 120, 2.0), features @ torch.arange(1, 120, 2.0)]
-    forecasts = model(torch.stack([torch.zeros(4, 6), window], dim=1))[1]
-    assert forecasts.tolist() == pytest.approx([value.item() for value in expected])
-    assert "W_xq" in model.state_dict() and "W_xq" not in dict(model.named_parameters())
-
-
-def test_the_linear_forecast_reads_ten_minutes_in_means_of_an_hour():
+    found = Forecaster.linear_features(torch.stack([torch.zeros(4, 6), window], dim=1), 2)
+    expected = [x, 0.6 * x, -0.8 * x, z, 0.6 * z, -0.8 * z, 0.5 * z, 2 * z]
+    assert_close([block[1] for block in found], expected, tolerance=1e-6)
+    # Ten minutes are read in means of an hour, here at one time of the year and of the day.
     inputs = torch.randn(2 * 144, B, 6, dtype=torch.float64)
-    inputs[..., 2:] = inputs[-1, :, 2:]  # one time of the year and of the day
+    inputs[..., 2:] = inputs[-1, :, 2:]
     means = inputs.view(48, 6, B, 6).mean(1)
     assert_close(Forecaster.linear_features(inputs, 144), Forecaster.linear_features(means, 24))
 
 
 @all_cells
 @both_loops
-def test_a_forecaster_adds_the_output_of_its_last_state_with_dropout_in_training(cell, loops):
+def test_a_forecaster_corrects_the_linear_forecast_by_its_last_state(cell, loops):
     # The last state is that after the last known step; in the backward direction, after the first.
     torch.manual_seed(9)
     horizon = 60 if cell == "bi_lstm" else 30  # W_hq is square: the output can be the state
-    model = Forecaster(cell, D, 30, T, horizon, 1, dropout=0.75, loops=loops)
-    model.recurrence.W_hq.data, inputs = torch.eye(horizon), torch.randn(T, B, D)
-    states = model.recurrence(inputs)
+    model, inputs = Forecaster(cell, D, 30, T, horizon, 1, 0.75, loops), torch.randn(T, B, D)
+    params = dict(model.named_parameters())
+    assert not any(params[name].any() for name in params if ".b_" in name)
+    assert not model(inputs).any()  # at first W_hq is 0, like W_xq, which is not trained
+    assert "W_xq" in model.state_dict() and "W_xq" not in params
+    model.recurrence.W_hq.data, states = torch.eye(horizon), model.recurrence(inputs)
     last = torch.cat([states[-1, :, :30], states[0 if cell == "bi_lstm" else -1, :, 30:]], dim=1)
-    assert (model(inputs) / last).round(decimals=3).unique().tolist() == [0, 4]
+    assert (model(inputs) / last).round(decimals=3).unique().tolist() == [0, 4]  # dropout
     model.share.fill_(0.25)
-    assert torch.equal(model.eval()(inputs), 0.25 * last)
+    linear = torch.cat(Forecaster.linear_features(inputs, 1), dim=1) @ model.W_xq.normal_()
+    assert_close([model.eval()(inputs)], [linear + 0.25 * last], tolerance=1e-5)
