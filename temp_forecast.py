@@ -431,14 +431,11 @@ def test_errors(truth, forecasts, band):
 
 
 def print_errors(entries, title):
-    """Print errors, and skill: the share of a baseline's mean error that the model removes."""
+    """Print the errors of the model and of the baselines, and what share the band holds."""
     print(f"\n{title}: absolute errors, degC")
     for part, entry in entries.items():
-        rows = {"model": entry} | entry["baselines"]
-        frame = pd.DataFrame.from_dict(rows, orient="index")[["mean_error", "median_error"]]
-        errors = frame["mean_error"].where(frame["mean_error"] > 0)  # no skill over an error of 0
-        frame["skill of the model"] = 1 - (entry["mean_error"] / errors).drop("model")
-        table = frame.to_string(float_format="{:.3f}".format, na_rep="-")
+        frame = pd.DataFrame.from_dict({"model": entry} | entry["baselines"], orient="index")
+        table = frame[["mean_error", "median_error"]].to_string(float_format="{:.3f}".format)
         print(f"\n{part.replace('_', ' ')}, {entry['windows']} windows\n{table}")
         print(f"the 80 % band holds {entry['coverage_80']:.1%} of the true values")
     print(flush=True)
