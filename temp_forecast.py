@@ -34,6 +34,7 @@ STAMP = "%d.%m.%Y %H:%M:%S"
 STEPS_A_DAY = {"h": 24, "10min": 144, "D": 1}
 CALENDAR = 4  # features: sine and cosine of the year and of the day
 CURVE_WINDOWS = 2000  # training windows on which the curves' training error is measured
+RIDGE_WINDOWS = 2000  # validation windows that choose the ridge's penalties
 PENALTIES = 10.0 ** np.arange(-1, 6)  # that ridge regression tries
 FACTORS = (1, 10, 100, 1000, 1e9)  # times this for products with season and hour; 1e9 removes them
 SHARES = (1, 0.75, 0.5, 0.25)  # of the network in the forecast; the rest is the large ridge's
@@ -275,15 +276,17 @@ def fit_linear_models(weather):
             gram, moment = gram + X.T @ X, moment + X.T @ Y
         return gram, moment
 
-    train, validation = (moments(weather.starts[part]) for part in ("train", "validation"))
-    both = [own + more for own, more in zip(train, validation, strict=True)]
-    some = weather.starts["validation"][:: len(weather.starts["validation"]) // 2000 + 1]
+    validation = weather.starts["validation"]
+    train_sums, more = moments(weather.starts["train"]), moments(validation)
+    both_sums = [own + new for own, new in zip(train_sums, more, strict=True)]
+    some = validation[:: len(validation) // RIDGE_WINDOWS + 1]
     X, Y = weather.linear_features(some), weather.targets(some)
     inputs = torch.zeros(weather.known, 1, len(weather.columns) + CALENDAR)
     sizes = [f.shape[1] for f in Forecaster.linear_features(inputs, weather.steps_a_day)]
 
     def solve(gram, moment, size, penalty, factor):
-        penalties = penalty * np.repeat([1, factor, factor, 1, *[factor] * 4], sizes)
+        blocks = [1, factor, factor, 1, factor, factor, factor, factor]  # x, x sin_y, ..., z, ...
+        penalties = penalty * np.repeat(blocks, sizes)
         penalties[sizes[0] - 1] = 1e-9  # the constant is free
         W = np.zeros_like(moment)
         W[:size] = np.linalg.solve(gram[:size, :size] + np.diag(penalties[:size]), moment[:size])
@@ -291,8 +294,8 @@ def fit_linear_models(weather):
 
     def fit(size):
         choices = product([size], PENALTIES, FACTORS)
-        best = min(choices, key=lambda choice: mean_error(Y, X @ solve(*train, *choice)))
-        return {"train": solve(*train, *best), "both": solve(*both, *best)}
+        best = min(choices, key=lambda choice: mean_error(Y, X @ solve(*train_sums, *choice)))
+        return {"train": solve(*train_sums, *best), "both": solve(*both_sums, *best)}
 
     return fit(sum(sizes[:3])), fit(sum(sizes))
 
@@ -347,7 +350,7 @@ def train(args, name, weather, data, W_xq, device):
     run = Run(args, args.out / f"temp_{name}", config, model.to(device))
     inputs, scale = torch.from_numpy(weather.inputs).to(device), float(weather.scale[0])
     starts = torch.from_numpy(weather.starts["train"])
-    stride = min(max(1, weather.steps_a_day // 8), len(starts))  # three hours
+    stride = min(max(1, weather.steps_a_day // 8), len(starts))  # three hours, or a day
     curve_starts = weather.starts["train"][:: len(starts) // CURVE_WINDOWS + 1]
 
     def error(starts):
@@ -402,7 +405,7 @@ def test(run, weather, data, small, large):
         forecasts[part] |= baseline_forecasts(weather, starts, large["both"])
         entries[part] = test_errors(weather.truth[future], forecasts[part], band)
     split = {part: len(weather.starts[part]) for part in ("train", "validation")}
-    split["test"] = len(weather.starts["daily_origins"])
+    split["test"] = len(weather.starts["daily_origins"])  # the segments are among them
     metrics = run.write_metrics(data, split, entries)
     write_predictions(run.folder / "predictions.csv", weather, forecasts["segments"]["model"], band)
     title = f"{NAMES[run.name]}{training.stamp(data)}"
