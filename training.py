@@ -130,13 +130,10 @@ def pick_device(name):
         name = "cpu"
     if name in ("auto", "cuda"):
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    if not re.fullmatch(r"cpu|cuda:\d\d?", name):
-        raise UserError(f"--device {name} is none of auto, cpu, cuda, cuda:N")
-    device, count = torch.device(name), torch.cuda.device_count()
-    if device.type == "cuda" and device.index >= count:
-        raise UserError(f"{device} is not there: this machine has {count} GPUs; use fewer "
-                        "processes, another --device, or cpu")  # fmt: skip
-    return device
+    there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if name not in there:
+        raise UserError(f"--device {name} is not there; this machine has {', '.join(there)}")
+    return torch.device(name)
 
 
 def join_processes(device):

@@ -208,7 +208,7 @@ def test_devices_that_are_there_are_taken_and_others_refused(monkeypatch, capsys
     assert pick("cuda") == torch.device("cuda", 0) and pick("cpu") == torch.device("cpu")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert pick("auto") == pick("cuda") == pick("cuda:1") == torch.device("cuda", 1)
-    with pytest.raises(UserError, match="this machine has 2 GPUs"):
+    with pytest.raises(UserError, match="this machine has cpu, cuda:0, cuda:1"):
         pick("cuda:2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for cuda, program, announced in [(None, "x", True), (None, None, False), ("13", "x", False)]:
