@@ -276,34 +276,30 @@ def save_checkpoint(path, **content):
         stream.write(packed.getbuffer())
 
 
+@contextlib.contextmanager
+def refuse_damaged(path):
+    """Turn what goes wrong when a checkpoint is read or used into one line for the user."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError, UserError):
+        raise
+    except Exception as error:  # damaged bytes and wrong values lead to every kind of error
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{path} cannot be used ({reason}); train again") from error
+
+
 def load_checkpoint(path, task):
     """The dict in a checkpoint of this task ("text" or "temp"). Code in the file is never run.
 
     Raises UserError for a file that is missing, damaged, foreign or of another version.
     """
-    if not os.path.isfile(path):  # Path.is_file fails for names that are too long
-        raise UserError(f"{path} is missing; name a best.pt that this script wrote")
-    try:
-        damaged = zipfile.ZipFile(path).testzip()  # compares every part with its check sum
-        content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes raise whatever they lead to
-        raise UserError(f"{path} is damaged or no checkpoint; train again") from error
-    kind = isinstance(content, dict) and (content.get("task"), content.get("format"))
-    if kind != (task, FORMAT):
-        raise UserError(f"{path} is damaged, or of another script or version; train again")
+    with refuse_damaged(path):
+        if damaged := zipfile.ZipFile(path).testzip():  # compares every part with its check sum
+            raise ValueError(f"{damaged} in it is damaged")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if (content["task"], content["format"]) != (task, FORMAT):
+            raise ValueError("it is of another script or version")
     return content
-
-
-@contextlib.contextmanager
-def refuse_damaged(path):
-    """Turn what goes wrong when a checkpoint's content is used into one line for the user."""
-    try:
-        yield
-    except (UserError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # wrong values lead to every kind of error
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} does not fit this program ({reason}); train again") from error
 
 
 # --- training -----------------------------------------------------------------------------------
