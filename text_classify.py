@@ -61,12 +61,7 @@ def parse_args(arguments=None):
     add("--min-freq", type=number(int, 1, 10**9), default=2, help="rarer tokens are <unk>")
     add("--max-tokens", type=number(int, 1, 10_000), default=256, help="longer texts are cut")
     add("--label-smoothing", type=share, default=0.1, help="target's share spread over all classes")
-    add(
-        "--word-dropout",
-        type=share,
-        default=0.2,
-        help="share of tokens whose word is hidden in training",
-    )
+    add("--word-dropout", type=share, default=0.2, help="share of words hidden in training")
     add("--predict", metavar="TEXT", help="classify this text, with - each line of the input; "
         "--predict=TEXT for a text that begins with -")  # fmt: skip
     return training.parse(parser, arguments, PRESETS)
@@ -173,12 +168,8 @@ def build_vocabularies(tokens, min_freq):
         counts = np.bincount(codes)
         order = np.argsort(-counts, kind="stable")
         vocabularies[aspect] = names[order[counts[order] >= least]].tolist()
-    if "place" in tokens:
-        vocabularies["place"] = [
-            FIRST,
-            INSIDE,
-            LAST,
-        ]  # so ids are these numbers; ALONE is 1, as UNK
+    if "place" in tokens:  # a place's id is its own number; ALONE is 1, as UNK
+        vocabularies["place"] = [FIRST, INSIDE, LAST]
     return vocabularies
 
 

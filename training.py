@@ -44,15 +44,12 @@ def number(kind, low, high):
     """A converter for argparse: text to a `kind` (int or float) between low and high."""
 
     def convert(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
+        value = kind(text)
         if not low <= value <= high:
-            noun = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {noun} from {low:,} to {high:,}")
+            raise argparse.ArgumentTypeError(f"{text} is not from {low:,} to {high:,}")
         return value
 
+    convert.__name__ = kind.__name__  # argparse then says: invalid int value
     return convert
 
 
@@ -70,11 +67,7 @@ def make_parser(description, **defaults):
     add("--batch-size", type=number(int, 1, 100_000), help="sequences in one step")
     add("--hidden", type=number(int, 1, 8192), help="hidden units h of one direction")
     add("--dropout", type=share, help="share of inputs and last states set to zero in training")
-    add(
-        "--lr",
-        type=number(float, 1e-12, 1e6),
-        help="learning rate of AdamW; with --descent up to 12/13 of it",
-    )
+    add("--lr", type=number(float, 1e-12, 1e6), help="AdamW's rate; with --descent 12/13 of it")
     add("--descent", type=number(int, 0, 10**9), help="steps in which the rate rises and falls to "
         "a twentieth, at most all steps; 0: constant rate")  # fmt: skip
     add("--weight-decay", type=number(float, 0, 1000), help="weight decay of AdamW")

@@ -86,7 +86,7 @@ def test_options_out_of_range_are_refused(kind, refused):
 
 
 MISTAKES = [
-    ("both", "--epochs 1.5", "is not a whole number from 1 to"),
+    ("both", "--epochs 1.5", "invalid int value: '1.5'"),
     ("both", "--device tpu", "this machine has cpu"),
     ("both", "--checkpoint best.pt", "belong together"),
     ("both", "--data absent.csv", "does not exist"),
