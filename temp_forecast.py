@@ -413,8 +413,7 @@ def test(run, weather, data, small, large):
     print_errors(entries, f"{title}, test, epoch {run.best['epoch']}, {mixture}")
     draw(run, weather, forecasts, band, title)
     print(f"results in {run.folder}: open forecasts.png and lead_time.png; forecast with")
-    best = run.folder / "best.pt"
-    print(f'  python temp_forecast.py --checkpoint "{best}" --predict recent.csv', flush=True)
+    print(f'  python temp_forecast.py --checkpoint "{run.folder}/best.pt" --predict recent.csv')
     return metrics
 
 
@@ -490,13 +489,12 @@ def draw(run, weather, forecasts, band, name):
     plots.draw_lead_time(run.folder / "lead_time.png", lead_hours(weather), by_name, title)
 
 
-def compare(args, results, histories):
+def compare(args, results):
     """The four structures side by side with the baselines: temp_all/."""
-    last = next(reversed(results.values()))  # the baselines of all runs are the same
-    entries = {NAMES[name]: own["test"] for name, own in results.items()}
-    for name in last["test"]["segments"]["baselines"]:
-        own = {part: last["test"][part]["baselines"][name] for part in PARTS}
-        entries[name.replace("_", " ")] = own
+    entries = {name: metrics["test"] for name, metrics in results.items()}
+    last = results["Bi-LSTM"]["test"]  # the baselines of all runs are the same
+    for name in last["segments"]["baselines"]:
+        entries[name.replace("_", " ")] = {part: last[part]["baselines"][name] for part in PARTS}
     rows = [
         {"model": name} | {
             f"{part}, {kind}": entry[part][f"{kind}_error"]
@@ -504,14 +502,11 @@ def compare(args, results, histories):
         }
         for name, entry in entries.items()
     ]  # fmt: skip
-    stamp = training.stamp(last["data"])
+    stamp = training.stamp(results["Bi-LSTM"]["data"])
     note = f"Absolute errors on the test years{stamp}, degC."
-    folder = args.out / "temp_all"
-    training.write_comparison(folder, rows, {NAMES[name]: results[name] for name in results}, note)
-    keys = {f"Training mean error, degC{stamp}": "train_mean_error"}
-    keys["Validation mean error, degC"] = "validation_mean_error"
-    plots.draw_curves(folder / "comparison.png", training.history_panels(histories, keys))
-    print(f"comparison in {folder}: open comparison.png")
+    panels = {f"Training mean error, degC{stamp}": "train_mean_error",
+              "Validation mean error, degC": "validation_mean_error"}  # fmt: skip
+    training.write_comparison(args.out, "temp", rows, results, note, panels)
 
 
 # --- prediction ---------------------------------------------------------------------------------
@@ -555,14 +550,13 @@ def train_and_test(args, device):
     frame, data = datasets.load(datasets.CLIMATE, args.data)
     weather = prepare(args, read_series(frame, data["path"], args.freq), data["path"])
     small, large = fit_linear_models(weather)
-    results, histories = {}, {}
+    results = {}
     for name in training.structures(args, "temp"):
         run = train(args, name, weather, data, small["train"], device)
         if training.is_first():
-            results[name] = test(run, weather, data, small, large)
-            histories[name] = run.history
+            results[NAMES[name]] = test(run, weather, data, small, large)
     if args.model == "all" and training.is_first():
-        compare(args, results, histories)
+        compare(args, results)
 
 
 def main():

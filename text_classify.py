@@ -281,7 +281,7 @@ def train(args, name, reviews, corpus, vocabularies):
 
 
 def test(run, reviews, corpus):
-    """Test a trained structure, write its results; returns metrics, history, probabilities."""
+    """Test a trained structure, write its results; returns metrics.json and probabilities."""
     p = probabilities(run.model, corpus, reviews.split["test"])
     matrix, scores = test_scores(reviews, p)
     split = {part: len(rows) for part, rows in reviews.split.items()}
@@ -296,9 +296,8 @@ def test(run, reviews, corpus):
     })  # fmt: skip
     plots.draw_confusion(run.folder / "confusion.png", matrix, reviews.classes, title)
     print(f"results in {run.folder}: open curves.png and confusion.png; classify a text with")
-    best = run.folder / "best.pt"
-    print(f'  python text_classify.py --checkpoint "{best}" --predict "..."', flush=True)
-    return {"metrics": metrics, "history": run.history, "probabilities": p}
+    print(f'  python text_classify.py --checkpoint "{run.folder}/best.pt" --predict "..."')
+    return metrics, p
 
 
 def test_scores(reviews, p):
@@ -381,27 +380,22 @@ def gradient_reach(model, corpus, rows):
 
 def compare(args, reviews, results, reach):
     """The four structures side by side, and the mean of their probabilities: text_all/."""
-    rows = []
-    for name, result in results.items():
-        own = result["metrics"] | result["metrics"]["test"]
-        kept = (*SCORES, "parameters", "seconds_per_epoch", "best_epoch")
-        rows.append({"model": NAMES[name]} | {key: own[key] for key in kept})
-    p = torch.stack([result["probabilities"] for result in results.values()]).mean(dim=0)
-    _, scores = test_scores(reviews, p)
+    rows, kept = [], (*SCORES, "parameters", "seconds_per_epoch", "best_epoch")
+    for metrics, _ in results:
+        own = metrics | metrics["test"]
+        rows.append({"model": NAMES[own["model"]]} | {key: own[key] for key in kept})
+    _, scores = test_scores(reviews, torch.stack([p for _, p in results]).mean(dim=0))
     mean = {"model": "mean of the four"} | {key: scores[key] for key in SCORES}
     rows.append(mean | {"parameters": sum(row["parameters"] for row in rows)})
     content = {"argv": sys.argv[1:], "seed": args.seed, "data": reviews.data,
                "rows": rows, "gradient_reach": reach}  # fmt: skip
-    folder, stamp = args.out / "text_all", training.stamp(reviews.data)
-    note = f"Test rows{stamp}; precision, recall and F1 are macro averages."
-    training.write_comparison(folder, rows, content, note)
-    histories = {name: result["history"] for name, result in results.items()}
-    keys = {f"Validation cross-entropy{stamp}": "validation_loss"}
-    keys["Validation macro-F1"] = "validation_f1_macro"
-    plots.draw_curves(folder / "comparison.png", training.history_panels(histories, keys))
+    stamp = training.stamp(reviews.data)
     title = f"--pool {args.pool}, validation texts{stamp}"
-    plots.draw_gradients(folder / "gradients.png", reach, title)
-    print(f"comparison in {folder}: open comparison.png and gradients.png")
+    plots.draw_gradients(args.out / "text_all" / "gradients.png", reach, title)
+    note = f"Test rows{stamp}; precision, recall and F1 are macro averages."
+    panels = {f"Validation cross-entropy{stamp}": "validation_loss",
+              "Validation macro-F1": "validation_f1_macro"}  # fmt: skip
+    training.write_comparison(args.out, "text", rows, content, note, panels)
 
 
 # --- prediction ---------------------------------------------------------------------------------
@@ -450,11 +444,11 @@ def train_and_test(args, device):
     ids = encode(tokens, vocabularies)
     corpus = Corpus(ids, counts, reviews.labels, args.max_tokens, device)
     del cuts, tokens, train_tokens  # millions of strings
-    results, reach = {}, {}
+    results, reach = [], {}
     for name in training.structures(args, "text"):
         run = train(args, name, reviews, corpus, vocabularies)
         if training.is_first():
-            results[name] = test(run, reviews, corpus)
+            results.append(test(run, reviews, corpus))
             if args.model == "all":
                 reach[NAMES[name]] = gradient_reach(run.model, corpus, reviews.split["validation"])
     if args.model == "all" and training.is_first():

@@ -20,6 +20,7 @@ from torch import distributed
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
+import plots
 from datasets import UserError, whole_file
 from rnn_models import LOOPS, grad_clipping
 
@@ -489,16 +490,19 @@ def stamp(data):
     return " (bundled sample)" if data["source"] == "sample" else ""
 
 
-def history_panels(histories, keys):
-    """Panels for `plots.draw_curves`: of each key {title: column}, a curve for each structure."""
-    return {
-        title: {NAMES[name]: [record[key] for record in rows] for name, rows in histories.items()}
-        for title, key in keys.items()
-    }
+def write_comparison(out, task, rows, content, note, panels):
+    """The structures side by side: print a note and a table; comparison.json and comparison.png.
 
-
-def write_comparison(folder, rows, content, note):
-    """Print a note and the table of rows, dicts; write comparison.json."""
-    table = pd.DataFrame(rows, dtype=object).rename(columns=lambda name: name.replace("_", " "))
+    rows: dicts, of the table; content: of the JSON file; panels {title: column of history.csv}.
+    """
+    folder, table = out / f"{task}_all", pd.DataFrame(rows, dtype=object)
+    table = table.rename(columns=lambda name: name.replace("_", " "))
     print(f"\n{note}\n{table.to_string(index=False, float_format='{:#.4g}'.format, na_rep='')}")
     write_json(folder / "comparison.json", content)
+    paths = {label: out / f"{task}_{name}" / "history.csv" for name, label in NAMES.items()}
+    histories = {label: pd.read_csv(path) for label, path in paths.items()}
+    plots.draw_curves(folder / "comparison.png", {
+        title: {label: history[column] for label, history in histories.items()}
+        for title, column in panels.items()
+    })  # fmt: skip
+    print(f"comparison in {folder}: open its pictures")

@@ -321,8 +321,7 @@ def lines(draw, *arguments):
 
 
 def test_the_lines_of_the_diagrams():
-    histories = {"rnn": [{"a": 1, "b": 2}, {"a": 3, "b": 4}], "bilstm": [{"a": 5, "b": 6}]}
-    panels = training.history_panels(histories, {"loss": "a", "F1": "b"})
+    panels = {"loss": {"RNN": [1, 3], "Bi-LSTM": [5]}, "F1": {"RNN": [2, 4], "Bi-LSTM": [6]}}
     loss, f1 = lines(plots.draw_curves, panels)
     assert loss == {"RNN": [[1, 2], [1, 3]], "Bi-LSTM": [[1], [5]]}
     assert f1 == {"RNN": [[1, 2], [2, 4]], "Bi-LSTM": [[1], [6]]}
