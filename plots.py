@@ -98,28 +98,27 @@ def draw_gradients(figure, reach, title):
 
 
 @picture
-def draw_forecasts(figure, windows, title):
-    """Forecasts of six windows in a grid.
+def draw_forecasts(figure, windows, band, steps_a_day, title):
+    """Forecasts of six windows in a grid, degC.
 
-    windows: dicts of "index" (known + horizon stamps), "truth" (known + horizon,), "forecast",
-    "low" and "high" (horizon,), degC, "steps_a_day" and "error", its mean error.
+    windows: (known + horizon stamps, truth (known + horizon,), forecast (horizon,)) of each;
+    band (2, horizon): what its lower and upper end add to the forecast.
     """
     figure.set_size_inches(10.2, 5.4)
     figure.suptitle(title)
-    for axes, window in zip(figure.subplots(2, 3).flat, windows, strict=False):
-        index, steps = window["index"], window["steps_a_day"]
-        future = index[-len(window["forecast"]) :]
-        line = ".-" if steps == 1 else "-"
-        axes.plot(index, window["truth"], f"C0{line}", linewidth=1, label="truth")
-        axes.plot(future, window["forecast"], f"C1{line}", linewidth=1, label="forecast")
-        axes.fill_between(
-            future, window["low"], window["high"], color="C1", alpha=0.2, label="80 %"
-        )
+    line, axes_of_all = ".-" if steps_a_day == 1 else "-", figure.subplots(2, 3).flat
+    for axes, (index, truth, forecast) in zip(axes_of_all, windows, strict=False):
+        future = index[-len(forecast) :]
+        error = np.abs(truth[-len(forecast) :] - forecast).mean()
+        axes.plot(index, truth, f"C0{line}", linewidth=1, label="truth")
+        axes.plot(future, forecast, f"C1{line}", linewidth=1, label="forecast")
+        axes.fill_between(future, *(forecast + band), color="C1", alpha=0.2, label="80 %")
         axes.axvline(future[0], color="grey", linewidth=0.8, linestyle="--")
-        axes.set_title(f"{future[0]:%Y-%m-%d}: mean error {window['error']:.2f} degC", fontsize=9)
+        axes.set_title(f"{future[0]:%Y-%m-%d}: mean error {error:.2f} degC", fontsize=9)
         axes.set_ylabel("T, degC", fontsize=8)
         axes.tick_params(labelsize=7)
-        axes.set_xticks(index[::steps], [f"{day:%d.%m.}" for day in index[::steps]])
+        days = index[::steps_a_day]
+        axes.set_xticks(days, [f"{day:%d.%m.}" for day in days])
         axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
 

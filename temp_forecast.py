@@ -464,29 +464,23 @@ def lead_hours(weather):
 
 def draw(run, weather, forecasts, band, name):
     """Draw the curves, six test segments from the best to the worst, and the error by lead time."""
-    parts = ("train", "validation")
-    curves = {part: [record[f"{part}_mean_error"] for record in run.history] for part in parts}
+    history = pd.DataFrame(run.history)
+    curves = {part: history[f"{part}_mean_error"] for part in ("train", "validation")}
     title = f"{name}: mean error without dropout, degC"
     plots.draw_curves(run.folder / "curves.png", {title: curves})
     starts, model = weather.starts["segments"], forecasts["segments"]["model"]
-    errors = np.abs(weather.truth[weather.future(starts)] - model).mean(axis=1)
+    order = np.abs(weather.truth[weather.future(starts)] - model).mean(axis=1).argsort()
     windows = []
-    for i in np.argsort(errors)[
-        np.linspace(0, len(starts) - 1, min(6, len(starts))).round().astype(int)
-    ]:
+    for i in order[np.linspace(0, len(order) - 1, min(6, len(order))).round().astype(int)]:
         steps = slice(starts[i], starts[i] + weather.known + weather.horizon)
-        windows.append({
-            "index": weather.index[steps], "truth": weather.truth[steps], "forecast": model[i],
-            "low": model[i] + band[0], "high": model[i] + band[1], "error": errors[i],
-            "steps_a_day": weather.steps_a_day,
-        })  # fmt: skip
+        windows.append((weather.index[steps], weather.truth[steps], model[i]))
     title = f"{name}: test segments from the best to the worst"
-    plots.draw_forecasts(run.folder / "forecasts.png", windows, title)
+    plots.draw_forecasts(run.folder / "forecasts.png", windows, band, weather.steps_a_day, title)
     truth = weather.truth[weather.future(weather.starts["daily_origins"])]
-    own = forecasts["daily_origins"]
-    by_name = {key.replace("_", " "): np.abs(truth - own[key]) for key in own}
+    errors = {key.replace("_", " "): np.abs(truth - own)
+              for key, own in forecasts["daily_origins"].items()}  # fmt: skip
     title = f"error by lead time, {name}"
-    plots.draw_lead_time(run.folder / "lead_time.png", lead_hours(weather), by_name, title)
+    plots.draw_lead_time(run.folder / "lead_time.png", lead_hours(weather), errors, title)
 
 
 def compare(args, results):

@@ -329,10 +329,10 @@ def test_the_lines_of_the_diagrams():
     errors = {"LSTM": np.array([[1, 5], [2, 5], [6, 11.0]])}  # three windows, two hours
     mean, median = {"LSTM": [[1, 2], [3, 7]]}, {"LSTM": [[1, 2], [2, 5]]}
     assert lines(plots.draw_lead_time, [1, 2], errors, "") == [mean, median]
-    window = {"index": pd.date_range("1970-01-01", periods=5), "truth": range(5), "steps_a_day": 1,
-              "forecast": [8, 9], "low": [7, 8], "high": [9, 10], "error": 3}  # fmt: skip
+    window = pd.date_range("1970-01-01", periods=5), np.arange(5), np.array([8, 9])
+    band = np.array([[-1, -1], [1, 1]])
     expected = {"truth": [[*range(5)], [*range(5)]], "forecast": [[3, 4], [8, 9]]}
-    assert lines(plots.draw_forecasts, [window], "")[0] == expected
+    assert lines(plots.draw_forecasts, [window], band, 1, "")[0] == expected
 
 
 def test_a_confusion_matrix_has_truth_down_and_names_with_dollar_signs(monkeypatch):
