@@ -33,8 +33,7 @@ TARGET = "T (degC)"
 STAMP = "%d.%m.%Y %H:%M:%S"
 STEPS_A_DAY = {"h": 24, "10min": 144, "D": 1}
 CALENDAR = 4  # features: sine and cosine of the year and of the day
-CURVE_WINDOWS = 2000  # training windows on which the curves' training error is measured
-RIDGE_WINDOWS = 2000  # validation windows that choose the ridge's penalties
+SOME_WINDOWS = 2000  # of training for the curves' error, of validation to choose the penalties
 PENALTIES = 10.0 ** np.arange(-1, 6)  # that ridge regression tries
 FACTORS = (1, 10, 100, 1000, 1e9)  # times this for products with season and hour; 1e9 removes them
 SHARES = (1, 0.75, 0.5, 0.25)  # of the network in the forecast; the rest is the large ridge's
@@ -69,8 +68,8 @@ def read_series(frame, path, freq):
 
     Repeated stamps are averaged; -9999, impossible values and texts count as missing, and so does
     a step with less than three quarters of its rows; gaps of up to three hours are interpolated, in
-    the test part too; directions in degrees become sine and cosine. One line reports it all. Raises
-    UserError for a missing column, an unreadable date, and a file without enough temperatures.
+    the test part too; directions in degrees become sine and cosine. One line reports it all.
+    Raises UserError for a missing column, an unreadable date, and too few temperatures.
     """
     datasets.check_columns(frame, ("Date Time", TARGET), path)
     stamps = read_stamps(frame["Date Time"], path)
@@ -80,27 +79,22 @@ def read_series(frame, path, freq):
     impossible = (values <= -999) | np.isinf(values)
     impossible[TARGET] |= values[TARGET].lt(-90) | values[TARGET].gt(60)
     values = values.mask(impossible)
-    if not values[TARGET].notna().any():
-        raise UserError(f"{path} has no temperatures in its column {TARGET!r}; check the file")
     for name in [name for name in values if name.endswith("(deg)")]:
         angle = np.deg2rad(values.pop(name))
         values[f"{name} sine"], values[f"{name} cosine"] = np.sin(angle), np.cos(angle)
-    values.index = stamps
-    repeated = int(values.index.duplicated().sum())
-    values = values.groupby(level=0).mean()  # sorts
+    values = values.groupby(stamps).mean()  # sorts
     bins, width = values.resample(freq), pd.Timedelta(days=1) / STEPS_A_DAY[freq]
-    spacing = values.index.to_series().diff().median()
-    expected = 1.0 if pd.isna(spacing) else max(1.0, width / spacing)  # rows in a step
-    series = bins.mean().where(bins.count() >= 0.75 * expected)
+    expected = width / values.index.to_series().diff().median()  # rows in a step
+    series = bins.mean().where(bins.count() >= 0.75 * np.fmax(expected, 1))
     missing = series[TARGET].isna()
     series = series.apply(fill_short_gaps, longest=3 * STEPS_A_DAY[freq] // 24)
-    filled = int((missing & series[TARGET].notna()).sum())
-    first, last = series.index[[0, -1]].strftime("%Y-%m-%d %H:%M")
+    filled, (first, last) = missing & series[TARGET].notna(), series.index[[0, -1]]
     texts = [f"{count} in {name}" for name, count in not_numbers.items() if count]
     print(
-        f"{path}: {len(frame)} rows, {first} to {last}; {repeated} repeated stamps averaged; "
-        f"{int(impossible.to_numpy().sum())} impossible values; texts: {', '.join(texts) or 0}; "
-        f"{len(series)} steps, {filled} of {int(missing.sum())} missing ones interpolated"
+        f"{path}: {len(frame)} rows, {first:%Y-%m-%d %H:%M} to {last:%Y-%m-%d %H:%M}; "
+        f"{len(frame) - len(values)} repeated stamps averaged; {impossible.to_numpy().sum()} "
+        f"impossible values; texts: {', '.join(texts) or 0}; {len(series)} steps, {filled.sum()} "
+        f"of {missing.sum()} missing ones interpolated"
     )
     if missing.mean() > 0.5:
         raise UserError(f"{path}: over half of the steps have no temperature; does --freq fit?")
@@ -112,8 +106,7 @@ def read_stamps(column, path):
     stamps = pd.to_datetime(column, format=STAMP, errors="coerce")
     far = (stamps - stamps.median()).abs() > pd.Timedelta(days=200 * 365.25)
     for row in np.flatnonzero(stamps.isna() | far):
-        date = str(column.iloc[row])
-        raise UserError(f"{path}: row {row + 1} has the date {date!r}, unreadable or "
+        raise UserError(f"{path}: row {row + 1} has the date '{column.iloc[row]}', unreadable or "
                         "centuries from the others; write 31.12.2009 23:50:00")  # fmt: skip
     return pd.DatetimeIndex(stamps)
 
@@ -136,8 +129,7 @@ def calendar(index):
 def harmonics(index):
     """(N, 17) regressors of the climatology: 1, two harmonics of the year, and two of the day that
     change with the season. On daily steps these repeat the others; the least squares allow it."""
-    sin_y, cos_y, sin_d, cos_d = calendar(index).T
-    # 2 sin cos and cos^2 - sin^2 are the sine and cosine of the doubled angle.
+    sin_y, cos_y, sin_d, cos_d = calendar(index).T  # below also of the doubled angles
     terms = [np.ones(len(index)), sin_y, cos_y, 2 * sin_y * cos_y, cos_y**2 - sin_y**2]
     for wave in (sin_d, cos_d, 2 * sin_d * cos_d, cos_d**2 - sin_d**2):
         terms += [wave, wave * sin_y, wave * cos_y]
@@ -146,11 +138,8 @@ def harmonics(index):
 
 def fit_climatology(design, values):
     """Least-squares coefficients (K, C) of values (N, C) on the design (N, K); NaN is left out."""
-    present = np.isfinite(values)
-    fits = [
-        np.linalg.lstsq(design[rows], column[rows], rcond=None)[0]
-        for column, rows in zip(values.T, present.T, strict=True)
-    ]
+    pairs = zip(values.T, np.isfinite(values).T, strict=True)
+    fits = [np.linalg.lstsq(design[own], column[own], rcond=None)[0] for column, own in pairs]
     return np.stack(fits, axis=1)
 
 
@@ -279,7 +268,7 @@ def fit_linear_models(weather):
     validation = weather.starts["validation"]
     train_sums, more = moments(weather.starts["train"]), moments(validation)
     both_sums = [own + new for own, new in zip(train_sums, more, strict=True)]
-    some = validation[:: len(validation) // RIDGE_WINDOWS + 1]
+    some = validation[:: len(validation) // SOME_WINDOWS + 1]
     X, Y = weather.linear_features(some), weather.targets(some)
     inputs = torch.zeros(weather.known, 1, len(weather.columns) + CALENDAR)
     sizes = [f.shape[1] for f in Forecaster.linear_features(inputs, weather.steps_a_day)]
@@ -328,11 +317,11 @@ def build_model(options):
 
 
 @torch.no_grad()
-def forecast(model, inputs, past, batch_size=512):
+def forecast(model, inputs, past):
     """Scaled anomalies (n, horizon) from inputs (N, D) and the known steps (n, known), arrays."""
     model.eval()
     inputs = torch.from_numpy(inputs).to(model.share.device)
-    parts = [model(inputs[rows.t()]) for rows in torch.as_tensor(past).split(batch_size)]
+    parts = [model(inputs[rows.t()]) for rows in torch.from_numpy(past).split(512)]
     return torch.cat(parts).cpu().numpy()
 
 
@@ -351,7 +340,6 @@ def train(args, name, weather, data, W_xq, device):
     inputs, scale = torch.from_numpy(weather.inputs).to(device), float(weather.scale[0])
     starts = torch.from_numpy(weather.starts["train"])
     stride = min(max(1, weather.steps_a_day // 8), len(starts))  # three hours, or a day
-    curve_starts = weather.starts["train"][:: len(starts) // CURVE_WINDOWS + 1]
 
     def error(starts):
         guess = forecast(run.averaged.module, weather.inputs, weather.past(starts))
@@ -366,8 +354,8 @@ def train(args, name, weather, data, W_xq, device):
             run.step((model(X) - Y).abs().mean() * scale)
         scores = None
         if training.is_first():
-            scores = {"train_mean_error": error(curve_starts)}
-            scores["validation_mean_error"] = error(weather.starts["validation"])
+            scores = {"train_mean_error": error(starts[:: len(starts) // SOME_WINDOWS + 1]),
+                      "validation_mean_error": error(weather.starts["validation"])}  # fmt: skip
         run.finish_epoch(scores, monitor="validation_mean_error", mode="min")
     run.load_best()
     return run
@@ -409,8 +397,9 @@ def test(run, weather, data, small, large):
     metrics = run.write_metrics(data, split, entries)
     write_predictions(run.folder / "predictions.csv", weather, forecasts["segments"]["model"], band)
     title = f"{NAMES[run.name]}{training.stamp(data)}"
-    mixture = f"{share:.0%} network and {1 - share:.0%} ridge"
-    print_errors(entries, f"{title}, test, epoch {run.best['epoch']}, {mixture}")
+    print(f"\n{title}, test, epoch {run.best['epoch']}, {share:.0%} network and {1 - share:.0%} "
+          "ridge: absolute errors, degC")  # fmt: skip
+    print_errors(entries)
     draw(run, weather, forecasts, band, title)
     print(f"results in {run.folder}: open forecasts.png and lead_time.png; forecast with")
     print(f'  python temp_forecast.py --checkpoint "{run.folder}/best.pt" --predict recent.csv')
@@ -432,15 +421,14 @@ def test_errors(truth, forecasts, band):
     }  # fmt: skip
 
 
-def print_errors(entries, title):
+def print_errors(entries):
     """Print the errors of the model and of the baselines, and what share the band holds."""
-    print(f"\n{title}: absolute errors, degC")
     for part, entry in entries.items():
         frame = pd.DataFrame.from_dict({"model": entry} | entry["baselines"], orient="index")
         table = frame[["mean_error", "median_error"]].to_string(float_format="{:.3f}".format)
         print(f"\n{part.replace('_', ' ')}, {entry['windows']} windows\n{table}")
         print(f"the 80 % band holds {entry['coverage_80']:.1%} of the true values")
-    print(flush=True)
+    print()
 
 
 def write_predictions(path, weather, forecasts, band):
@@ -512,11 +500,11 @@ def predict(args, device):
     if "band" not in saved:
         raise UserError(f"{args.checkpoint} is of a run that was stopped; resume it or train again")
     with training.refuse_damaged(args.checkpoint):
-        keys = ("freq", "known", "horizon", "columns")
-        freq, known, horizon, columns = (saved["options"][key] for key in keys)
+        options = saved["options"]
+        freq, known, columns = options["freq"], options["known"], options["columns"]
         keys = ("climatology", "scale", "band")
         coefficients, scale, band = (np.array(saved[key]) for key in keys)  # band (2, horizon)
-        model = build_model(saved["options"]).to(device)
+        model = build_model(options).to(device)
         model.load_state_dict(saved["weights"])
     frame, data = datasets.load(datasets.CLIMATE, args.predict)
     with contextlib.redirect_stdout(sys.stderr):  # only the forecast goes to stdout
@@ -524,10 +512,9 @@ def predict(args, device):
     datasets.check_columns(series, columns, args.predict)
     recent = series.loc[: series[TARGET].last_valid_index(), columns].iloc[-known:]
     if len(recent) < known or recent.isna().to_numpy().any():
-        days = known // STEPS_A_DAY[freq]
-        names = ", ".join(columns)
-        raise UserError(f"{args.predict} does not end with {days} whole days of {names}; add them")
-    coming = pd.date_range(recent.index[-1], periods=horizon + 1, freq=freq)[1:]
+        raise UserError(f"{args.predict} does not end with {known // STEPS_A_DAY[freq]} whole days "
+                        f"of {', '.join(columns)}; add them")  # fmt: skip
+    coming = pd.date_range(recent.index[-1], periods=options["horizon"] + 1, freq=freq)[1:]
     anomalies = recent.to_numpy(float) - harmonics(recent.index) @ coefficients
     inputs = network_inputs(anomalies, scale, recent.index)
     guess = forecast(model, inputs, np.arange(known)[None])[0] * scale[0]

@@ -103,7 +103,7 @@ MISTAKES = [
     ("temp", "--data dates.csv", "row 2 has the date 'yesterday'"),
     ("temp", "--data far.csv", "row 3 has the date"),
     ("temp", "--data halves.csv", "half of the steps"),
-    ("temp", "--data missing.csv", "no temperatures"),
+    ("temp", "--data missing.csv", "half of the steps"),
     ("temp", "--data series.csv --train-years 2", "too short"),
 ]
 
