@@ -123,9 +123,9 @@ def cached_words(texts, sha256):
             return cuts
     print("cutting words ...", flush=True)
     cuts = cut_words(texts)
-    with contextlib.suppress(UserError, ValueError):  # it is only a cache
-        with datasets.whole_file(path, "w", encoding="utf-8") as stream:
-            json.dump(cuts, stream, ensure_ascii=False)
+    whole = datasets.whole_file(path, "w", encoding="utf-8")
+    with contextlib.suppress(UserError, ValueError), whole as stream:  # it is only a cache
+        json.dump(cuts, stream, ensure_ascii=False)
     return cuts
 
 
@@ -309,25 +309,21 @@ def test_scores(reviews, p):
     for average in ("macro", "weighted"):
         values = precision_recall_f1(matrix, average)
         scores |= {f"{name}_{average}": x for name, x in zip(names, values, strict=True)}
-    table = np.stack(precision_recall_f1(matrix), axis=1).tolist()  # (K, 3)
-    scores["per_class"] = {
-        label: dict(zip(names, row, strict=True)) | {"support": int(support)}
-        for label, row, support in zip(reviews.classes, table, matrix.sum(axis=1), strict=True)
-    }
+    table = pd.DataFrame(np.stack(precision_recall_f1(matrix), axis=1), reviews.classes, names)
+    scores["per_class"] = table.assign(support=matrix.sum(axis=1)).to_dict("index")
     return matrix, scores
 
 
 def print_scores(scores, title):
     """Print precision, recall, F1 and support of each class and of their averages."""
-    rows = dict(scores["per_class"])
-    support = sum(row["support"] for row in rows.values())
+    frame = pd.DataFrame.from_dict(scores["per_class"], orient="index")
+    support = frame["support"].sum()
     for average in ("macro", "weighted"):
-        values = {name: scores[f"{name}_{average}"] for name in ("precision", "recall", "f1")}
-        rows[f"{average} average"] = values | {"support": support}
-    frame = pd.DataFrame.from_dict(rows, orient="index")
+        values = [scores[f"{name}_{average}"] for name in ("precision", "recall", "f1")]
+        frame.loc[f"{average} average"] = [*values, support]
     with pd.option_context("display.unicode.east_asian_width", True):
         print(f"\n{title}\n{frame.to_string(float_format='{:.4f}'.format)}")
-    print(f"accuracy {scores['accuracy']:.4f}\n", flush=True)
+    print(f"accuracy {scores['accuracy']:.4f}\n")
 
 
 def write_predictions(path, reviews, p):
@@ -345,12 +341,11 @@ def write_predictions(path, reviews, p):
 
 
 def gradient_reach(model, corpus, rows):
-    """How far the loss's gradient reaches back: for each distance 0..REACH-1 from a text's end the
-    mean of ||dL/dH_t||, divided by that at distance 0, over texts of at least REACH tokens in rows.
+    """For each distance 0..REACH-1 from a text's end the mean of ||dL/dH_t||, divided by that at
+    distance 0, over texts of at least REACH tokens in rows; [] if none is long enough.
 
     H_t: the forward direction's states. Calling the cell for one step at a time makes each H_t a
     tensor of its own, whose gradient holds what comes from all later steps and from the pooling.
-    Returns [] if no text is long enough.
     """
     model.eval()
     rows = rows[corpus.lengths[rows] >= REACH][:512]
@@ -421,8 +416,7 @@ def predict(args, device):
         labels = [on_one_line(label) for label in saved["labels"]]
         model = build_model(saved["options"], vocabularies, len(labels)).to(device)
         model.load_state_dict(saved["weights"])
-    given = [os.fsencode(args.predict)]
-    lines = iter(sys.stdin.buffer if args.predict == "-" else given)
+    lines = iter(sys.stdin.buffer if args.predict == "-" else [os.fsencode(args.predict)])
     while part := list(islice(lines, 256)):
         texts = [decode(line).strip(BLANKS) for line in part]
         tokens, counts = tokenize(cut_words(texts), saved["options"]["tokens"])
