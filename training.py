@@ -188,11 +188,9 @@ def run_script(main):
         if not isinstance(error, MemoryError) and not full:
             raise
         message = "error: the memory is full; lower --batch-size or --hidden"
-    except BrokenPipeError:  # the reader, `head` for one, has gone
+    except BrokenPipeError:  # the reader, `head` for one, has gone: end as Python's manual advises
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if any(word.startswith("--predict") for word in sys.argv):
-            return
-        message = "error: nothing reads the output any more; with --resume a training goes on"
+        sys.exit(1)
     print(" ".join(message.split()), file=sys.stderr)
     sys.exit(status)
 
@@ -231,11 +229,11 @@ def hold_folder(folder):
 
 def clear_folder(folder):
     """Remove the results of an earlier run, so that old and new ones never stand side by side."""
-    for path in [folder / name for name in RESULTS]:
-        try:
-            path.unlink(missing_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot replace {path}: {error.strerror}; close it") from error
+    try:
+        for name in RESULTS:
+            (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot replace {folder / name}: {error.strerror}; close it") from error
 
 
 def structures(args, task):
@@ -264,7 +262,7 @@ def write_csv(path, frame):
 
 def save_checkpoint(path, **content):
     """Write a checkpoint whole: plain values and tensors only, so that `weights_only` loads it."""
-    packed = io.BytesIO()  # torch.save reports a full disk in its own words; a write raises OSError
+    packed = io.BytesIO()  # torch.save reports a full disk in its own words, a write by OSError
     torch.save({"format": FORMAT, **content}, packed)
     with whole_file(path) as stream:
         stream.write(packed.getbuffer())

@@ -251,18 +251,13 @@ def test_a_table_with_any_text_is_read_back(tmp_path):
     assert read_json(tmp_path / "x.json") == path
 
 
-@pytest.mark.parametrize(("option", "words"), [("--predict=x", ""), ("--lr=1", "--resume")])
-def test_a_prediction_whose_reader_has_gone_ends_quietly(
-    option, words, tmp_path, monkeypatch, capsys
-):
+def test_a_script_whose_reader_has_gone_ends_quietly(tmp_path, monkeypatch, capsys):
     script = types.SimpleNamespace(main=Mock(side_effect=BrokenPipeError), __file__="")
-    monkeypatch.setattr(sys, "argv", ["script", option])
     with open(tmp_path / "out", "w") as stream:
         monkeypatch.setattr(sys, "stdout", stream)
-        assert exit_status(script) == (2 if words else 0)
+        assert exit_status(script) == 1
         print("what was still to print")
-    error = capsys.readouterr().err
-    assert (tmp_path / "out").read_text() == "" and words in error and bool(error) == bool(words)
+    assert (tmp_path / "out").read_text() == "" and capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
