@@ -162,7 +162,7 @@ class Weather:
     columns: list[str]
     steps_a_day: int
     known: int  # steps
-    horizon: int  # steps
+    horizon: int
     truth: np.ndarray  # (N,), degC
     coefficients: np.ndarray  # (K, C), of the climatology
     climatology: np.ndarray  # (N,), degC
@@ -250,12 +250,11 @@ def network_inputs(anomalies, scale, index):
 
 
 def fit_linear_models(weather):
-    """Fit the small ridge regression, on the features of x, which the network corrects, and the
-    large one, on all features, which is the linear baseline.
+    """The small ridge regression, on the features of x, which the network corrects (weights 0 for
+    z), and the large one, on all features, which is the linear baseline.
 
-    Each takes the penalty, and the factor for products with season and hour, that have the least
-    validation error, and is {"train", "both"}: weights (F, horizon) fitted to the training windows,
-    and to those of validation too. The small one has weights 0 for the features of z.
+    Each has the penalty, and the factor for products with season and hour, of least validation
+    error, and is {"train", "both"}: weights (F, horizon) fitted without and with its windows.
     """
 
     def moments(starts):  # X^T X and X^T Y are enough to solve for every penalty
@@ -362,8 +361,8 @@ def train(args, name, weather, data, W_xq, device):
 
 
 def finish(run, weather, small, large):
-    """Mix the network with the large ridge, in the share that is best on validation rows; then take
-    the weights that were fitted to those rows too, and save the model with its band.
+    """Mix network and large ridge in the share that is best on validation rows, then with the
+    weights that were fitted to those rows too; save the model with its band.
 
     Returns share and band (2, horizon): quantiles of the mixture's validation errors, degC.
     """
@@ -410,14 +409,13 @@ def test_errors(truth, forecasts, band):
     """The entry of one part in metrics.json: errors, coverage of the band, baselines."""
     model = forecasts["model"]
     inside = (truth >= model + band[0]) & (truth <= model + band[1])
+    errors = {
+        name: {"mean_error": mean_error(truth, own), "median_error": median_error(truth, own)}
+        for name, own in forecasts.items()
+    }
     return {
-        "windows": len(truth), "mean_error": mean_error(truth, model),
-        "median_error": median_error(truth, model), "rmse": rmse(truth, model),
-        "coverage_80": float(inside.mean()),
-        "baselines": {
-            name: {"mean_error": mean_error(truth, own), "median_error": median_error(truth, own)}
-            for name, own in forecasts.items() if name != "model"
-        },
+        "windows": len(truth), **errors.pop("model"), "rmse": rmse(truth, model),
+        "coverage_80": float(inside.mean()), "baselines": errors,
     }  # fmt: skip
 
 
@@ -454,8 +452,8 @@ def draw(run, weather, forecasts, band, name):
     """Draw the curves, six test segments from the best to the worst, and the error by lead time."""
     history = pd.DataFrame(run.history)
     curves = {part: history[f"{part}_mean_error"] for part in ("train", "validation")}
-    title = f"{name}: mean error without dropout, degC"
-    plots.draw_curves(run.folder / "curves.png", {title: curves})
+    panels = {f"{name}: mean error without dropout, degC": curves}
+    plots.draw_curves(run.folder / "curves.png", panels)
     starts, model = weather.starts["segments"], forecasts["segments"]["model"]
     order = np.abs(weather.truth[weather.future(starts)] - model).mean(axis=1).argsort()
     windows = []
@@ -477,13 +475,11 @@ def compare(args, results):
     last = results["Bi-LSTM"]["test"]  # the baselines of all runs are the same
     for name in last["segments"]["baselines"]:
         entries[name.replace("_", " ")] = {part: last[part]["baselines"][name] for part in PARTS}
+    columns = [(part, kind) for part in PARTS for kind in ("mean", "median")]
     rows = [
-        {"model": name} | {
-            f"{part}, {kind}": entry[part][f"{kind}_error"]
-            for part in PARTS for kind in ("mean", "median")
-        }
-        for name, entry in entries.items()
-    ]  # fmt: skip
+        {"model": name} | {f"{part}, {kind}": own[part][f"{kind}_error"] for part, kind in columns}
+        for name, own in entries.items()
+    ]
     stamp = training.stamp(results["Bi-LSTM"]["data"])
     note = f"Absolute errors on the test years{stamp}, degC."
     panels = {f"Training mean error, degC{stamp}": "train_mean_error",
