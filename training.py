@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import time
 import zipfile
@@ -111,9 +112,12 @@ def pick_device(name):
 
     Of torchrun's processes on a machine, "auto" and "cuda" give each its own GPU.
     """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
+    if name == "auto" and not torch.cuda.is_available():
+        if torch.version.cuda is None and shutil.which("nvidia-smi"):
+            print("the NVIDIA card is not used: this torch has no CUDA; "
+                  "see https://pytorch.org/get-started/locally", file=sys.stderr)  # fmt: skip
+        name = "cpu"
+    if name in ("auto", "cuda"):
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     if name not in there:

@@ -4,6 +4,7 @@ import argparse
 import math
 import os
 import re
+import shutil
 import socket
 import sys
 import types
@@ -199,7 +200,7 @@ def test_help_shows_every_default(script, capsys):
     assert re.findall(r"\(default: (.*?)\)", text) == expected
 
 
-def test_devices_that_are_there_are_taken_and_others_refused(monkeypatch):
+def test_devices_that_are_there_are_taken_and_others_refused(monkeypatch, capsys):
     pick = training.pick_device
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -210,7 +211,11 @@ def test_devices_that_are_there_are_taken_and_others_refused(monkeypatch):
     with pytest.raises(UserError, match="this machine has cpu, cuda:0, cuda:1"):
         pick("cuda:2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert pick("auto") == torch.device("cpu")
+    for cuda, program, announced in [(None, "x", True), (None, None, False), ("13", "x", False)]:
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        monkeypatch.setattr(shutil, "which", {"nvidia-smi": program}.get)
+        assert pick("auto") == torch.device("cpu")
+        assert ("NVIDIA card is not used" in capsys.readouterr().err) == announced
 
 
 @pytest.mark.parametrize(
