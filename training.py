@@ -87,10 +87,10 @@ def make_parser(description, **defaults):
 
 
 def parse(parser, arguments=None, presets=None):
-    """The command line as a namespace; every option's help gets its default.
+    """Parse the command line into a namespace; give every option's help its default.
 
-    presets: {name: {option: default}} of --preset. Raises UserError for --predict or
-    --checkpoint alone.
+    presets: {name: {option: default}} of the option --preset; options beside it win.
+    Raises UserError for arguments that do not go together.
     """
     for action in parser._actions:
         if str(action.default) not in ("None", "False", argparse.SUPPRESS):
@@ -101,6 +101,11 @@ def parse(parser, arguments=None, presets=None):
         args = parser.parse_args(arguments)
     if (args.predict is None) != (args.checkpoint is None):
         raise UserError("--predict and --checkpoint belong together; give both, or none to train")
+    given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+    useless = [name for name in given if name not in ("predict", "checkpoint", "device")]
+    if args.predict is not None and useless:
+        option = useless[0].replace("_", "-")
+        raise UserError(f"--{option} has no effect on --predict; leave it out")
     return args
 
 
@@ -199,8 +204,10 @@ RESULTS = ["last.pt", "metrics.json", "history.csv", "predictions.csv", "best.pt
 
 
 def hold_folder(folder):
-    """Keep other runs out of a folder: `with hold_folder(folder): ...`; UserError if one is in it,
-    or if it cannot be written."""
+    """Keep other runs out of a folder: `with hold_folder(folder): ...`, or to the process's end.
+
+    Raises UserError if another process holds it or it cannot be written.
+    """
     if not is_first():
         return contextlib.nullcontext()
     try:
