@@ -165,6 +165,8 @@ def read_table(path, options):
                 return pd.read_csv(path, encoding=encoding, index_col=False, **options)
         except UnicodeDecodeError:
             continue
+        except pd.errors.ParserWarning as error:
+            raise UserError(f"{path}: row 1 has more fields than the header; correct it") from error
         except Exception as error:  # damaged files raise what pandas, zlib, LZMA, ... find first
             reason = " ".join(str(error).split())
             raise UserError(f"{path} is no CSV table ({reason}); correct or replace it") from error

@@ -99,7 +99,7 @@ def draw_gradients(figure, reach, title):
 
 @picture
 def draw_forecasts(figure, windows, band, steps_a_day, title):
-    """Forecasts of six windows in a grid, degC.
+    """Forecasts of up to six windows in a grid, degC.
 
     windows: (known + horizon stamps, truth (known + horizon,), forecast (horizon,)) of each;
     band (2, horizon): what its lower and upper end add to the forecast.

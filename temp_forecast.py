@@ -129,7 +129,8 @@ def calendar(index):
 def harmonics(index):
     """(N, 17) regressors of the climatology: 1, two harmonics of the year, and two of the day that
     change with the season. On daily steps these repeat the others; the least squares allow it."""
-    sin_y, cos_y, sin_d, cos_d = calendar(index).T  # below also of the doubled angles
+    sin_y, cos_y, sin_d, cos_d = calendar(index).T
+    # 2 sin cos and cos^2 - sin^2 are the sine and cosine of the doubled angle.
     terms = [np.ones(len(index)), sin_y, cos_y, 2 * sin_y * cos_y, cos_y**2 - sin_y**2]
     for wave in (sin_d, cos_d, 2 * sin_d * cos_d, cos_d**2 - sin_d**2):
         terms += [wave, wave * sin_y, wave * cos_y]
@@ -371,9 +372,12 @@ def finish(run, weather, small, large):
     model.W_xq.copy_(torch.from_numpy(small["train"]))
     network = forecast(model, weather.inputs, weather.past(starts))
     ridge, truth = weather.linear_forecast(starts, large["train"]), weather.targets(starts)
-    mixtures = {share: share * network + (1 - share) * ridge for share in SHARES}
-    share = min(SHARES, key=lambda share: mean_error(truth, mixtures[share]))
-    band = np.quantile((truth - mixtures[share]) * weather.scale[0], BAND, axis=0)
+
+    def mixture(share):
+        return share * network + (1 - share) * ridge
+
+    share = min(SHARES, key=lambda share: mean_error(truth, mixture(share)))
+    band = np.quantile((truth - mixture(share)) * weather.scale[0], BAND, axis=0)
     model.share.fill_(share)
     model.W_xq.copy_(torch.from_numpy(share * small["both"] + (1 - share) * large["both"]))
     run.save_best(model, band=band.tolist())

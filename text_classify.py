@@ -9,9 +9,9 @@ comes from the training rows; the epoch with the best validation macro-F1 is tes
 """
 
 import contextlib
+import io
 import json
 import logging
-import os
 import sys
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -416,7 +416,10 @@ def predict(args, device):
         labels = [on_one_line(label) for label in saved["labels"]]
         model = build_model(saved["options"], vocabularies, len(labels)).to(device)
         model.load_state_dict(saved["weights"])
-    lines = iter(sys.stdin.buffer if args.predict == "-" else [os.fsencode(args.predict)])
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", errors="replace")
+    given = [args.predict.encode("utf-8", "surrogateescape")]
+    lines = iter(sys.stdin.buffer if args.predict == "-" else given)
     while part := list(islice(lines, 256)):
         texts = [decode(line).strip(BLANKS) for line in part]
         tokens, counts = tokenize(cut_words(texts), saved["options"]["tokens"])

@@ -172,7 +172,7 @@ def run_script(main):
     """Call a script's main; end with one line on stderr and status 2 for what a user can mend."""
     tune_allocator()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8", errors="replace")
+        sys.stdout.reconfigure(errors="replace")  # a console that lacks a character shows "?"
     status = 2
     try:
         main()
@@ -285,6 +285,8 @@ def load_checkpoint(path, task):
 
     Raises UserError for a file that is missing, damaged, foreign or of another version.
     """
+    if not os.path.isfile(path):  # Path.is_file fails for names that are too long
+        raise UserError(f"{path} is no file; name a best.pt that this script wrote")
     with refuse_damaged(path):
         if damaged := zipfile.ZipFile(path).testzip():  # compares every part with its check sum
             raise ValueError(f"{damaged} in it is damaged")
@@ -323,7 +325,8 @@ class Run:
         device = self.params[0].device
         print(f"\n{NAMES[self.name]}: {self.parameters:,} parameters, {device}", flush=True)
         for path in folder.glob(".*.part"):  # what killed runs left half-written
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
         if args.resume and (folder / "last.pt").exists():
             self._resume()
         elif is_first():
@@ -405,7 +408,7 @@ class Run:
         """One step of the optimiser down the gradient of a batch's mean loss."""
         value = loss.item()
         if not math.isfinite(value):
-            where = f"epoch {self.epoch}, step {self.steps % self.steps_in_epoch + 1}"
+            where = f"epoch {self.epoch}, step {self.steps + 1} of the run"
             raise UserError(f"the loss is not finite in {where}; try a lower --lr or --clip")
         rate = self.optimizer.param_groups[0]["lr"] = self.rate()
         self.optimizer.zero_grad()

@@ -41,7 +41,7 @@ UNFIT = [
     ("", b"", "no regular file"),
     ("picture.csv", bytes(range(1, 256)), "UTF-8"),
     ("long.csv", b"a,b\n1,2\n1,2,3\n", "in line 3, saw 3"),
-    ("longer.csv", b"a,b\n1,2,3\n4,5,6\n", "Length of header"),  # no column may shift
+    ("longer.csv", b"a,b\n1,2,3\n4,5,6\n", "row 1 has more fields"),  # no column may shift
     ("damaged.zip", GOOD[:40] + b"\xff" + GOOD[41:], "no CSV"),  # first data byte
 ]
 

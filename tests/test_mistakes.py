@@ -91,7 +91,7 @@ MISTAKES = [
     ("both", "--checkpoint best.pt", "belong together"),
     ("both", "--data absent.csv", "does not exist"),
     ("both", "--data good.csv --out good.csv", "cannot write"),
-    ("both", "--checkpoint absent.pt --predict x", "No such file"),
+    ("both", "--checkpoint absent.pt --predict x", "is no file"),
     ("text", "--checkpoint text_rnn/best.pt --predict x --lr 0.5", "--lr has no effect"),
     ("text", "--checkpoint temp_rnn/best.pt --predict x", "of another script"),
     ("text", "--data series.csv", "no column 'review'; its columns are: Date Time, p"),
