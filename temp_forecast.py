@@ -402,7 +402,12 @@ def test(run, weather, data, small, large):
     title = f"{NAMES[run.name]}{training.stamp(data)}"
     print(f"\n{title}, test, epoch {run.best['epoch']}, {share:.0%} network and {1 - share:.0%} "
           "ridge: absolute errors, degC")  # fmt: skip
-    print_errors(entries)
+    for part, entry in entries.items():
+        frame = pd.DataFrame.from_dict({"model": entry} | entry["baselines"], orient="index")
+        table = frame[["mean_error", "median_error"]].to_string(float_format="{:.3f}".format)
+        print(f"\n{part.replace('_', ' ')}, {entry['windows']} windows\n{table}")
+        print(f"the 80 % band holds {entry['coverage_80']:.1%} of the true values")
+    print()
     draw(run, weather, forecasts, band, title)
     print(f"results in {run.folder}: open forecasts.png and lead_time.png; forecast with")
     print(f'  python temp_forecast.py --checkpoint "{run.folder}/best.pt" --predict recent.csv')
@@ -421,16 +426,6 @@ def test_errors(truth, forecasts, band):
         "windows": len(truth), **errors.pop("model"), "rmse": rmse(truth, model),
         "coverage_80": float(inside.mean()), "baselines": errors,
     }  # fmt: skip
-
-
-def print_errors(entries):
-    """Print the errors of the model and of the baselines, and what share the band holds."""
-    for part, entry in entries.items():
-        frame = pd.DataFrame.from_dict({"model": entry} | entry["baselines"], orient="index")
-        table = frame[["mean_error", "median_error"]].to_string(float_format="{:.3f}".format)
-        print(f"\n{part.replace('_', ' ')}, {entry['windows']} windows\n{table}")
-        print(f"the 80 % band holds {entry['coverage_80']:.1%} of the true values")
-    print()
 
 
 def write_predictions(path, weather, forecasts, band):
