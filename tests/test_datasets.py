@@ -68,6 +68,11 @@ def test_folders_are_searched_in_order_and_a_tilde_is_the_home(tmp_path, monkeyp
     assert load(REVIEWS, "~/data/a.csv")[1]["path"] == str(tmp_path / "data" / "a.csv")
 
 
+def test_numbers_in_reviews_stay_texts(tmp_path):
+    (tmp_path / "a.csv").write_text("cat,review\n01,1.0\n")
+    assert load(REVIEWS, tmp_path / "a.csv")[0].to_numpy().tolist() == [["01", "1.0"]]
+
+
 def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "new" / "file.txt"
     with whole_file(path, "w") as stream:

@@ -15,6 +15,7 @@ def test_the_confusion_matrix_and_its_scores_by_hand():
     assert confusion_matrix(TRUTH, GUESS, 4).tolist() == MATRIX
     labels = np.full(3, 20, np.uint8)  # 20 * 21 + 20 = 440 does not fit
     assert confusion_matrix(labels, labels, 21)[20, 20] == 3
+    assert precision_recall_f1(np.int8([[100]]))[2] == 1  # 2 * 100 does not fit
     assert accuracy(MATRIX) == 0.5  # (3 + 2) / 10
     precision, recall, f1 = precision_recall_f1(MATRIX)
     assert precision == pytest.approx([3 / 6, 2 / 4, 0, 0])
@@ -36,7 +37,7 @@ def test_errors_by_hand():
 
 
 def test_unfit_arguments_are_refused():
-    errors = [([], []), ([[1, 2]], [[1], [2]]), ([np.nan], [1]), ([1], [np.inf])]
+    errors = [([], []), ([[1, 2]], [[1], [2]]), ([1, np.nan], [1, 1]), ([1], [np.inf])]
     # Unrefused, truth 1 and guess -1 would count as 0 and 3, truth 0 and guess 4 as 1 and 0.
     labels = [([[0]], [[0]]), ([0.0], [0.0]), ([1], [-1]), ([-1], [1]), ([0], [4]), ([4], [0])]
     matrices = [[[0]], [[np.nan]], [[1, -1], [0, 1]], np.ones((2, 3)), np.ones((2, 2, 2))]

@@ -89,6 +89,7 @@ MISTAKES = [
     ("both", "--epochs 1.5", "invalid int value: '1.5'"),
     ("both", "--device tpu", "this machine has cpu"),
     ("both", "--checkpoint best.pt", "belong together"),
+    ("both", "--predict x", "belong together"),
     ("both", "--data absent.csv", "does not exist"),
     ("both", "--data good.csv --out good.csv", "cannot write"),
     ("both", "--checkpoint absent.pt --predict x", "is no file"),

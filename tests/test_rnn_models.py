@@ -204,6 +204,11 @@ def test_grad_clipping_scales_the_joint_norm_down_to_theta(theta, factor):
     assert rnn_models.grad_clipping(params[2:], theta).item() == 0
 
 
+def test_reversing_leaves_the_padding():
+    found = rnn_models.reverse(torch.tensor([5, 6, 7, 8]).view(4, 1, 1), torch.tensor([2]))
+    assert found.flatten().tolist() == [6, 5, 7, 8]
+
+
 def test_pooling_by_hand():
     # A text of two steps and a step of padding; the backward half is the second number.
     states, lengths = torch.tensor([[[-1.0, 5.0]], [[-3.0, 2.0]], [[9.0, 9.0]]]), torch.tensor([2])

@@ -53,6 +53,23 @@ def test_the_report_shows_mean_and_spread_of_the_seeds_by_hand(tmp_path, capsys)
     ]
 
 
+def test_seeds_and_data_sets_in_the_report(tmp_path, capsys):
+    keys = ("mean_error", "median_error", "coverage_80")
+    for n, argv in enumerate(["--lr 1 --freq D --model all --device cpu",
+                              "--freq D --lr 1 --model lstm --device cuda"]):  # fmt: skip
+        part = dict.fromkeys(keys, 2 * n + 1) | {"baselines": {}}
+        run = {"task": "temp", "model": "lstm", "argv": argv.split(), "data": {"path": "x.csv"}}
+        run["test"] = {"segments": part, "daily_origins": part}
+        training.write_json(tmp_path / f"{n}/metrics.json", run)
+    run_main(report, tmp_path)
+    (row,) = table_rows(capsys.readouterr().out)[2:]
+    assert row == ["x: --freq D --lr 1", "LSTM", "2", *["2.000 ± 1.414"] * 5]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit):
+        run_main(report, tmp_path / "empty")
+    assert "holds no metrics.json" in capsys.readouterr().err
+
+
 def test_the_speed_table_by_hand(monkeypatch, capsys):
     now, times = [0.0], []
     for k in range(4):  # each cell trains, then infers: two warm-ups, three rounds of all kinds

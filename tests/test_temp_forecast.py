@@ -1,5 +1,7 @@
 """Temperature forecasting: series, windows, linear models, baselines by hand; the script itself."""
 
+from unittest.mock import Mock
+
 import conftest
 import numpy as np
 import pandas as pd
@@ -104,7 +106,7 @@ def wandering(signal=0.5):
 
 def test_climatology_scale_and_choice_of_columns_come_from_the_training_years(capsys):
     late, half = np.full(800, np.nan), np.full(800, 1.0)
-    late[365:], half[: 292 // 2 + 1] = 1.0, np.nan
+    late[365:], half[: 292 // 2] = 1.0, np.nan  # half of the training years
     frame = wandering().assign(late=late, half=half, zero=0.0, constant=1013.25)
     weather, columns = weather_of(frame, "--features", "all"), [TARGET, "p", "zero", "constant"]
     phase, values = 2 * np.pi * np.r_[:365, :365, :70] / 365.25, frame[columns].to_numpy()
@@ -176,7 +178,7 @@ def daily_path(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize(("windows", "steps"), [(1, 4), (6, 8)])  # of four epochs
+@pytest.mark.parametrize(("windows", "steps"), [(1, 4), (6, 8), (60, 80)])  # of four epochs
 def test_an_epoch_takes_a_window_every_three_hours(windows, steps, tmp_path, monkeypatch):
     losses = []
     monkeypatch.setattr(training.Run, "step", lambda self, loss: losses.append(loss.item()))
@@ -190,6 +192,20 @@ def test_an_epoch_takes_a_window_every_three_hours(windows, steps, tmp_path, mon
     possible = [np.abs(anomalies[i + 120 : i + 168] - anomalies[i + 119]).mean() for i in starts]
     assert len(losses) == steps
     assert all(np.isclose(loss, possible, atol=1e-4).any() for loss in losses)
+    if windows == 60:
+        seen = [np.abs(np.array(possible) - loss).argmin() for loss in losses]
+        assert seen[:20] != sorted(seen[:20])  # in random order
+        assert len(set(seen)) > 20  # not the same hours in every epoch
+
+
+def test_the_validation_error_decides(tmp_path, monkeypatch):
+    weather = weather_of(wandering())
+    W = np.zeros((weather.linear_features(weather.starts["train"][:1]).shape[1], 2))
+    errors = Mock(side_effect=[3.0, 1.0, 2.0, 2.0])  # of training and validation, two epochs
+    monkeypatch.setattr(script, "mean_error", errors)
+    args = script.parse_args(["--freq=D", "--epochs=2", "--hidden=3", f"--out={tmp_path}"])
+    run = script.train(args, "rnn", weather, {"sha256": ""}, W, torch.device("cpu"))
+    assert run.best["epoch"] == 1
 
 
 def test_the_forecast_mixes_network_and_ridge_with_a_band(daily_path, tmp_path, capsys):

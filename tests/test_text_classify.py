@@ -108,6 +108,8 @@ def test_a_batch_by_hand():
     assert tokens[:, :, 0].tolist() == [[4, 3], [5, 0], [6, 0]]  # the fourth token is cut off
     assert tokens[:, :, 1].tolist() == [[-4, -3], [-5, 0], [-6, 0]]
     assert lengths.tolist() == [3, 1] and labels.tolist() == [20, 10]
+    tokens, _, _ = make_corpus([4, 1], max_tokens=3).batch(torch.tensor([1, 0]))
+    assert tokens[:, :, 0].tolist() == [[5, 1], [0, 2], [0, 3]]  # what is cut off is skipped
 
 
 def test_every_epoch_sees_every_row_once_in_batches_of_similar_length():
@@ -249,6 +251,15 @@ def test_training_sees_training_rows_some_words_hidden(corpus_path, tmp_path, mo
 def test_plain_and_fast_loops_give_the_same_epoch(model, corpus_path, tmp_path):
     options = ["--model", model, "--dropout", 0, "--lr", 0.01, "--batch-size", 8]
     conftest.assert_loops_agree(script, [*QUICK, 1, *options, "--data", corpus_path], tmp_path)
+
+
+def test_label_smoothing_keeps_a_model_from_being_sure(corpus_path, tmp_path):
+    losses = []
+    for share in ("0", "0.9"):
+        options = ["--model", "rnn", "--lr", 0.05, "--descent", 0, "--label-smoothing", share]
+        run_main(script, *QUICK, 2, *options, "--data", corpus_path, "--out", tmp_path / share)
+        losses.append(history(tmp_path / share / "text_rnn")["train_loss"][1])
+    assert losses[0] < losses[1] - 0.05
 
 
 def test_a_resumed_run_gives_the_result_of_the_run_left_alone(corpus_path, tmp_path):
