@@ -58,7 +58,8 @@ def draw_curves(figure, panels):
     ):
         for label, values in curves.items():
             axes.plot(range(1, len(values) + 1), values, "o-", markersize=3, label=label)
-        axes.set(title=title, xlabel="epoch")
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
@@ -129,7 +130,7 @@ def draw_lead_time(figure, hours, errors, title):
     figure.set_size_inches(10.4, 3.8)
     pairs = (("mean", np.mean), ("median", np.median))
     for axes, (label, measure) in zip(figure.subplots(1, 2), pairs, strict=True):
-        for name, values in errors.items():
+        for name, values in reversed(errors.items()):  # the model, first, is drawn on top
             axes.plot(hours, measure(values, axis=0), ".-", markersize=4, label=name)
         axes.set(title=f"{label} {title}", xlabel="hours ahead", ylabel="degC", ylim=(0, None))
         axes.grid(alpha=0.3)
