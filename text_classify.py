@@ -385,12 +385,12 @@ def compare(args, reviews, results, reach):
     content = {"argv": sys.argv[1:], "seed": args.seed, "data": reviews.data,
                "rows": rows, "gradient_reach": reach}  # fmt: skip
     stamp = training.stamp(reviews.data)
-    title = f"--pool {args.pool}, validation texts{stamp}"
-    plots.draw_gradients(args.out / "text_all" / "gradients.png", reach, title)
     note = f"Test rows{stamp}; precision, recall and F1 are macro averages."
     panels = {f"Validation cross-entropy{stamp}": "validation_loss",
               "Validation macro-F1": "validation_f1_macro"}  # fmt: skip
     training.write_comparison(args.out, "text", rows, content, note, panels)
+    title = f"--pool {args.pool}, validation texts{stamp}"
+    plots.draw_gradients(args.out / "text_all" / "gradients.png", reach, title)
 
 
 # --- prediction ---------------------------------------------------------------------------------

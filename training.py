@@ -68,7 +68,7 @@ def make_parser(description, **defaults):
     add("--batch-size", type=number(int, 1, 100_000), help="sequences in one step")
     add("--hidden", type=number(int, 1, 8192), help="hidden units h of one direction")
     add("--dropout", type=share, help="share of inputs and last states set to zero in training")
-    add("--lr", type=number(float, 1e-12, 1e6), help="AdamW's rate, with --descent at most 12/13")
+    add("--lr", type=number(float, 1e-12, 1e6), help="learning rate of AdamW")
     add("--descent", type=number(int, 0, 10**9), help="steps in which the rate rises and falls to "
         "a twentieth, at most all steps; 0: constant rate")  # fmt: skip
     add("--weight-decay", type=number(float, 0, 1000), help="weight decay of AdamW")
