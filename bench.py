@@ -36,9 +36,8 @@ def make(kind, cell, shape, device, cuda_graphs=False):
         recurrence = model = Recurrence(cell, D, h, OUTPUTS, KINDS[kind]).to(device)
         if cuda_graphs and kind == "ours":
             sample = torch.randn(T, B, D, device=device, requires_grad=True)
-            recurrence = torch.cuda.make_graphed_callables(
-                model, (sample,), allow_unused_input=True
-            )
+            options = {"sample_args": (sample,), "allow_unused_input": True}
+            recurrence = torch.cuda.make_graphed_callables(model, **options)
         return lambda inputs: model.output(recurrence(inputs)), list(model.parameters())
     both = cell == "bi_lstm"
     layer = LAYERS[cell](D, h, bidirectional=both).to(device)

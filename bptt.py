@@ -156,9 +156,8 @@ class LSTM(Function):
         views = gates[:, :, : 3 * h], *gates.chunk(4, dim=2), _before(C_0, memories), tanhs, dY_all
         views = *views, dA_all, *dA_all.split([3 * h, h], dim=2)
         dH = torch.zeros_like(H_0)
-        for IFO, I, F, O, C_tilde, C_prev, tanh_C, dY, dA, dA_ifo, dA_c in reversed(
-            list(zip(*views, strict=True))
-        ):
+        steps = reversed(list(zip(*views, strict=True)))
+        for IFO, I, F, O, C_tilde, C_prev, tanh_C, dY, dA, dA_ifo, dA_c in steps:
             dH = dY + dH
             dC = torch.addcmul(dC, dH * O, 1 - tanh_C**2)
             dI, dF, dO = dC * C_tilde, dC * C_prev, dH * tanh_C

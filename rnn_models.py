@@ -271,9 +271,8 @@ class TextClassifier(nn.Module):
 
     def embed(self, tokens):
         """Inputs of the recurrence (T, B, D) for tokens (T, B, aspects)."""
-        inputs = sum(
-            table(ids) for table, ids in zip(self.embeddings, tokens.unbind(2), strict=True)
-        )
+        pairs = zip(self.embeddings, tokens.unbind(2), strict=True)
+        inputs = sum(embedding(ids) for embedding, ids in pairs)
         # One dropout mask for all steps of a text (Gal and Ghahramani 2016).
         return inputs * self.dropout(inputs.new_ones(1, *inputs.shape[1:]))
 

@@ -33,9 +33,9 @@ TARGET = "T (degC)"
 STAMP = "%d.%m.%Y %H:%M:%S"
 STEPS_A_DAY = {"h": 24, "10min": 144, "D": 1}
 CALENDAR = 4  # features: sine and cosine of the year and of the day
-SOME_WINDOWS = 2000  # of training for the curves' error, of validation to choose the penalties
+SOME_WINDOWS = 2000  # for the curves' training error, and to choose the ridges' penalties
 PENALTIES = 10.0 ** np.arange(-1, 6)  # that ridge regression tries
-FACTORS = (1, 10, 100, 1000, 1e9)  # times this for products with season and hour; 1e9 removes them
+FACTORS = (1, 10, 100, 1000, 1e9)  # of the penalty, for products with season and hour; 1e9: none
 SHARES = (1, 0.75, 0.5, 0.25)  # of the network in the forecast; the rest is the large ridge's
 BAND = (0.1, 0.9)  # quantiles of the validation errors: the 80 % band
 PARTS = ("segments", "daily_origins")  # of the test years
@@ -255,7 +255,8 @@ def fit_linear_models(weather):
     z), and the large one, on all features, which is the linear baseline.
 
     Each has the penalty, and the factor for products with season and hour, of least validation
-    error, and is {"train", "both"}: weights (F, horizon) fitted without and with its windows.
+    error, and is {"train", "both"}: weights (F, horizon), fitted to the training windows, and to
+    those and the validation windows.
     """
 
     def moments(starts):  # X^T X and X^T Y are enough to solve for every penalty
@@ -362,8 +363,8 @@ def train(args, name, weather, data, W_xq, device):
 
 
 def finish(run, weather, small, large):
-    """Mix network and large ridge in the share that is best on validation rows, then with the
-    weights that were fitted to those rows too; save the model with its band.
+    """Choose the network's share on validation rows, with the ridges that were fitted without them;
+    then take the ridges that were fitted with them, and save the model with its band.
 
     Returns share and band (2, horizon): quantiles of the mixture's validation errors, degC.
     """

@@ -281,7 +281,7 @@ def train(args, name, reviews, corpus, vocabularies):
 
 
 def test(run, reviews, corpus):
-    """Test a trained structure, write its results; returns metrics.json and probabilities."""
+    """Test a trained structure, write its results; returns its metrics and probabilities."""
     p = probabilities(run.model, corpus, reviews.split["test"])
     matrix, scores = test_scores(reviews, p)
     split = {part: len(rows) for part, rows in reviews.split.items()}

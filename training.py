@@ -204,7 +204,7 @@ RESULTS = ["last.pt", "metrics.json", "history.csv", "predictions.csv", "best.pt
 
 
 def hold_folder(folder):
-    """Keep other runs out of a folder: `with hold_folder(folder): ...`, or to the process's end.
+    """Keep other runs out of a folder: `with hold_folder(folder): ...`.
 
     Raises UserError if another process holds it or it cannot be written.
     """

@@ -127,9 +127,7 @@ def test_patience_ends_a_run_and_the_best_weights_are_loaded(tmp_path, capsys, m
 
 def test_a_run_without_finite_numbers_or_batches_ends(tmp_path):
     gradients = iter([1, 1, 1, 1, -math.inf])
-    with pytest.raises(
-        UserError, match=r"loss is not finite in epoch 2, step 5 of the run; .*--lr"
-    ):
+    with pytest.raises(UserError, match=r"loss is not finite in epoch 2, step 5 of .*--lr"):
         train_one_weight(tmp_path, 3, lambda step: next(gradients))
     with pytest.raises(UserError, match=r"scores of epoch 2 are not finite.*--lr"):
         train(start(tmp_path), [1, math.nan, 1])
