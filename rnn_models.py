@@ -3,13 +3,15 @@
 T steps, B sequences, D inputs, h hidden units, Q outputs. Inputs are time-major (T, B, D).
 Each cell is a function of (inputs, state, params) and returns (outputs, state), outputs (T, B, Q).
 The equations are those of Dive into Deep Learning, chapters 9 and 10. Below the cells: their
-parameters, and the two models built on them.
+parameters, the clipping of gradients, and `Recurrence`, a cell as a module.
 """
+
+import sys
 
 import torch
 from torch import nn
 
-import bptt
+from support import bptt
 
 # fmt: off
 
@@ -73,18 +75,27 @@ def bi_lstm(inputs, state, params, lengths=None):
     """Two LSTMs, one from the first step to the last, one back: Y = [H, H_b] W_hq + b_q.
 
     inputs (T, B, D), state ((H, C), (H_b, C_b)) of (B, h) each; lengths (B,) for sequences padded
-    on the right: the backward LSTM then starts at each sequence's own last step.
+    on the right: the backward LSTM then starts at the last step of each sequence itself.
     Returns outputs (T, B, Q) and the last states of both, which have read the padding too.
     """
-    forward, backward = state
-    *params, W_hq, b_q = params
-    half, h = len(params) // 2, len(W_hq) // 2
-    # [H, H_b] W_hq is H times the upper half of W_hq plus H_b times the lower half.
-    params_f = [*params[:half], W_hq[:h], b_q]
-    params_b = [*params[half:], W_hq[h:], torch.zeros_like(b_q)]    # b_q is added once
-    Y, forward = lstm(inputs, forward, params_f)
-    Y_b, backward = lstm(reverse(inputs, lengths), backward, params_b)
-    return Y + reverse(Y_b, lengths), (forward, backward)
+    *gates, W_hq, b_q = params
+    half = len(gates) // 2
+    h = len(W_hq) // 2
+    state_f, state_b = state
+    H, state_f = hidden_states(lstm, inputs, state_f, gates[:half], h)                          # (T, B, h)
+    H_b, state_b = hidden_states(lstm, reverse(inputs, lengths), state_b, gates[half:], h)      # (T, B, h)
+    Y = torch.cat([H, reverse(H_b, lengths)], dim=2) @ W_hq + b_q                               # (T, B, Q)
+    return Y, (state_f, state_b)
+
+
+def hidden_states(loop, inputs, state, gates, width, *options):
+    """The hidden states (T, B, width) that a cell's loop goes through, and its last state.
+
+    A loop returns Y = H W_hq + b_q; with the identity as W_hq and zero as b_q, Y is H.
+    """
+    W_hq = torch.eye(width, dtype=gates[0].dtype, device=inputs.device)
+    b_q = torch.zeros(width, dtype=gates[0].dtype, device=inputs.device)
+    return loop(inputs, state, [*gates, W_hq, b_q], *options)
 
 
 def reverse(sequences, lengths=None):
@@ -100,8 +111,18 @@ def reverse(sequences, lengths=None):
 # fmt: on
 # --- parameters ---------------------------------------------------------------------------------
 
+# A new cell is a function above and an entry in both tables; `--model` then offers it.
 CELLS = {"rnn": rnn, "gru": gru, "lstm": lstm, "bi_lstm": bi_lstm}
-GATES = {"rnn": "h", "gru": "zrh", "lstm": "ifoc", "bi_lstm": "ifoc"}  # each has W_x*, W_h* and b_*
+# The gates in the order of the parameter list; each has W_x*, W_h* and b_*. A cell with a gate "c"
+# has a memory C beside its state H. A name that begins with "bi_" has everything twice.
+GATES = {"rnn": "h", "gru": "zrh", "lstm": "ifoc", "bi_lstm": "ifoc"}
+
+
+def num_directions(cell):
+    """2 for a cell that reads its inputs forward and backward, else 1; ValueError if unknown."""
+    if cell not in CELLS:
+        raise ValueError(f"cell must be one of {', '.join(CELLS)}, not {cell!r}")
+    return 2 if cell.startswith("bi_") else 1
 
 
 def param_names(cell):
@@ -109,11 +130,11 @@ def param_names(cell):
 
     The backward direction's names end in "_b". Raises ValueError for an unknown cell.
     """
-    if cell not in CELLS:
-        raise ValueError(f"cell must be one of {', '.join(CELLS)}, not {cell!r}")
-    suffixes = ("", "_b") if cell == "bi_lstm" else ("",)
-    gates = [gate + suffix for suffix in suffixes for gate in GATES[cell]]
-    return [name + gate for gate in gates for name in ("W_x", "W_h", "b_")] + ["W_hq", "b_q"]
+    names = []
+    for suffix in ["", "_b"][: num_directions(cell)]:
+        for gate in GATES[cell]:
+            names += [f"W_x{gate}{suffix}", f"W_h{gate}{suffix}", f"b_{gate}{suffix}"]
+    return [*names, "W_hq", "b_q"]
 
 
 def init_params(cell, num_inputs, num_hiddens, num_outputs, device=None):
@@ -121,22 +142,23 @@ def init_params(cell, num_inputs, num_hiddens, num_outputs, device=None):
 
     W_x* (D, h) and W_hq (h, Q), (2h, Q) for "bi_lstm", are uniform in +-1/sqrt(h);
     W_h* (h, h) are orthogonal, which keeps a state's length over many steps (Saxe et al. 2014);
-    biases (h,) and (Q,) are 0, the LSTM's forget bias 1 (Jozefowicz et al. 2015).
+    biases (h,) and (Q,) are 0, the forget gate's 1 (Jozefowicz et al. 2015).
     Drawn on the CPU: the same seed gives the same parameters on every device.
     Raises ValueError for an unknown cell or a size below 1.
     """
-    param_names(cell)  # refuses an unknown cell
+    directions = num_directions(cell)
     if min(num_inputs, num_hiddens, num_outputs) < 1:
         raise ValueError("num_inputs, num_hiddens and num_outputs must be at least 1")
-    directions = 2 if cell == "bi_lstm" else 1
-    bound, params = num_hiddens**-0.5, []
+    bound = num_hiddens**-0.5
+    params = []
     for gate in GATES[cell] * directions:
         W_x = torch.empty(num_inputs, num_hiddens).uniform_(-bound, bound)
         W_h = nn.init.orthogonal_(torch.empty(num_hiddens, num_hiddens))
         b = torch.full((num_hiddens,), 1.0 if gate == "f" else 0.0)
         params += [W_x, W_h, b]
     W_hq = torch.empty(directions * num_hiddens, num_outputs).uniform_(-bound, bound)
-    params += [W_hq, torch.zeros(num_outputs)]
+    b_q = torch.zeros(num_outputs)
+    params += [W_hq, b_q]
     return [param.to(device).requires_grad_() for param in params]
 
 
@@ -145,9 +167,11 @@ def init_state(cell, batch_size, num_hiddens, device=None, dtype=None):
 
     Raises ValueError for an unknown cell.
     """
-    param_names(cell)  # refuses an unknown cell
-    H, C, H_b, C_b = torch.zeros(4, batch_size, num_hiddens, device=device, dtype=dtype)
-    return {"rnn": (H,), "gru": (H,), "lstm": (H, C), "bi_lstm": ((H, C), (H_b, C_b))}[cell]
+    directions = []
+    for _ in range(num_directions(cell)):
+        H, C = torch.zeros(2, batch_size, num_hiddens, device=device, dtype=dtype)
+        directions.append((H, C) if "c" in GATES[cell] else (H,))
+    return tuple(directions) if len(directions) == 2 else directions[0]
 
 
 def grad_clipping(params, theta):
@@ -162,69 +186,99 @@ def grad_clipping(params, theta):
     if not grads:
         return torch.zeros(())
     norm = torch.stack([torch.linalg.vector_norm(grad) for grad in grads]).norm()
-    if norm > theta:
-        for grad in grads:
-            grad *= theta / norm
+    factor = (theta / norm).clamp(max=1.0)  # without `if norm > theta`, for which a GPU would wait
+    for grad in grads:
+        grad *= factor
     return norm
 
 
-# --- models -------------------------------------------------------------------------------------
-
-LOOPS = ("fast", "plain")
-POOLS = ("last", "mean", "max")
+# --- the cell as a module -----------------------------------------------------------------------
 
 
 class Recurrence(nn.Module):
-    """A cell with its parameters registered under their names; starts from the zero state."""
+    """A cell with its parameters registered under their names; starts from the zero state.
 
-    def __init__(self, cell, num_inputs, num_hiddens, num_outputs, loops="fast"):
-        """Sizes as in `init_params`. loops: "fast" runs `bptt`, "plain" the loops above.
+    The loop above is the definition. `bptt` has a faster form of the four cells, with gradients
+    derived by hand; it runs only as long as it gives the loop's numbers (`fast_form_agrees`).
+    """
 
-        Both give the same numbers but for rounding. Raises ValueError for an unknown cell or loops.
-        """
+    def __init__(self, cell, num_inputs, num_hiddens, num_outputs):
+        """Sizes as in `init_params`. Raises ValueError for an unknown cell."""
         super().__init__()
-        if loops not in LOOPS:
-            raise ValueError(f"loops must be one of {', '.join(LOOPS)}, not {loops!r}")
-        self.cell, self.num_hiddens, self.loops = cell, num_hiddens, loops
+        self.cell = cell
+        self.num_hiddens = num_hiddens
         params = init_params(cell, num_inputs, num_hiddens, num_outputs)
         for name, param in zip(param_names(cell), params, strict=True):
             self.register_parameter(name, nn.Parameter(param))
+        self.use_fast_form = fast_form_agrees(cell)
 
     @property
     def params(self):
         """The parameter list that the cell's loop takes."""
         return [getattr(self, name) for name in param_names(self.cell)]
 
-    def directions(self):
-        """The parameters without W_hq and b_q, a list for each direction."""
-        params = self.params[:-2]
-        half = len(params) // 2
-        return [params[:half], params[half:]] if self.cell == "bi_lstm" else [params]
-
     def forward(self, inputs, lengths=None):
         """Hidden states (T, B, h), (T, B, 2h) for "bi_lstm", of inputs (T, B, D).
 
         lengths (B,) as in `bi_lstm`. Raises ValueError for inputs without a step.
         """
-        T, B, _ = inputs.shape
-        if T == 0:
+        if len(inputs) == 0:
             raise ValueError("inputs (T, B, D) must have at least one step, not T = 0")
-        state = init_state(self.cell, B, self.num_hiddens, inputs.device, inputs.dtype)
-        if self.loops == "plain":  # with the identity as W_hq, the outputs are the hidden states
-            *params, W_hq, b_q = self.params
-            identity = [torch.eye(len(W_hq)).to(W_hq), torch.zeros(len(W_hq)).to(b_q)]
-            options = [lengths] if self.cell == "bi_lstm" else []
-            return CELLS[self.cell](inputs, state, [*params, *identity], *options)[0]
-        if self.cell == "bi_lstm":
-            params, params_b = self.directions()
-            H, _ = bptt.lstm(inputs, state[0], params)
-            H_b, _ = bptt.lstm(reverse(inputs, lengths), state[1], params_b)
-            return torch.cat([H, reverse(H_b, lengths)], dim=2)
-        return getattr(bptt, self.cell)(inputs, state, *self.directions())[0]
+        compute_states = fast_states if self.use_fast_form else loop_states
+        return compute_states(self.cell, inputs, self.params, lengths)
 
     def output(self, states):
         """Y = H W_hq + b_q: states (..., h) give (..., Q)."""
         return states @ self.W_hq + self.b_q
+
+
+def loop_states(cell, inputs, params, lengths=None):
+    """Hidden states (T, B, h) or (T, B, 2h) from the zero state, by the cell's loop."""
+    *gates, W_hq, _ = params
+    state = init_state(cell, inputs.shape[1], gates[1].shape[0], inputs.device, inputs.dtype)
+    options = [lengths] if num_directions(cell) == 2 else []
+    states, _ = hidden_states(CELLS[cell], inputs, state, gates, len(W_hq), *options)
+    return states
+
+
+def fast_states(cell, inputs, params, lengths=None):
+    """The same by `bptt`, which takes the directions side by side."""
+    gates = params[:-2]
+    state = init_state(cell, inputs.shape[1], gates[1].shape[0], inputs.device, inputs.dtype)
+    if num_directions(cell) == 1:
+        return bptt.hidden_states(cell, inputs[None], [state], gates)[0]
+    both_inputs = torch.stack([inputs, reverse(inputs, lengths)])  # (2, T, B, D)
+    H, H_b = bptt.hidden_states(cell, both_inputs, state, gates)
+    return torch.cat([H, reverse(H_b, lengths)], dim=2)
+
+
+@torch.no_grad()
+def fast_form_agrees(cell):
+    """Whether `bptt` has a form of this cell that gives the numbers of its loop.
+
+    Compares the hidden states of both for small random inputs and parameters, in double precision.
+    Where they differ, or there is no fast form, a line on stderr says that the loop runs.
+    """
+    if bptt.NUM_GATES.get(cell) != len(GATES[cell]):
+        print(f"{cell}: no fast form in support/bptt.py; the loop runs", file=sys.stderr)
+        return False
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
+        torch.manual_seed(0)
+        inputs = torch.randn(5, 3, 2, dtype=torch.float64)  # T = 5, B = 3, D = 2
+        lengths = torch.tensor([5, 2, 4])
+        params = init_params(cell, num_inputs=2, num_hiddens=4, num_outputs=8)
+        params = [torch.randn_like(param, dtype=torch.float64) for param in params]
+    by_loop = loop_states(cell, inputs, params, lengths)
+    by_fast_form = fast_states(cell, inputs, params, lengths)
+    agrees = by_loop.shape == by_fast_form.shape and torch.allclose(by_loop, by_fast_form)
+    if not agrees:
+        print(f"{cell}: the loop was changed; it runs, not the fast form", file=sys.stderr)
+    return agrees
+
+
+# --- pooling ------------------------------------------------------------------------------------
+
+POOLS = ("last", "mean", "max")
 
 
 def pool_states(states, lengths, pool, bidirectional=False):
@@ -235,104 +289,17 @@ def pool_states(states, lengths, pool, bidirectional=False):
     of a bidirectional cell at its beginning. "mean" and "max" go over all steps.
     Raises ValueError for another `pool`.
     """
+    if pool not in POOLS:
+        raise ValueError(f"pool must be one of {', '.join(POOLS)}, not {pool!r}")
+    T, B, width = states.shape
     if pool == "last":
-        last = states[lengths - 1, torch.arange(states.shape[1], device=states.device)]  # (B, h)
-        h = states.shape[2] // 2
-        return torch.cat([last[:, :h], states[0, :, h:]], dim=1) if bidirectional else last
-    steps = torch.arange(len(states), device=states.device)[:, None, None]
-    padding = steps >= lengths[:, None]  # (T, B, 1)
+        last = states[lengths - 1, torch.arange(B, device=states.device)]  # (B, h)
+        if not bidirectional:
+            return last
+        half = width // 2
+        return torch.cat([last[:, :half], states[0, :, half:]], dim=1)  # (B, 2h)
+    steps = torch.arange(T, device=states.device)[:, None]  # (T, 1)
+    is_padding = (steps >= lengths)[:, :, None]  # (T, B, 1)
     if pool == "mean":
-        return states.masked_fill(padding, 0.0).sum(0) / lengths[:, None]
-    if pool == "max":
-        return states.masked_fill(padding, float("-inf")).amax(0)
-    raise ValueError(f"pool must be one of {', '.join(POOLS)}, not {pool!r}")
-
-
-class TextClassifier(nn.Module):
-    """Embeddings, recurrence, pooling over time, linear layer: the logits of a text's classes."""
-
-    def __init__(
-        self, cell, vocab_sizes, num_inputs, num_hiddens, num_classes, pool="max", dropout=0.3,
-        loops="fast",
-    ):  # fmt: skip
-        """vocab_sizes: a size for each aspect of a token (word, character, ...).
-
-        num_inputs: D, an embedding's size; num_hiddens: h; dropout: share of the embedded inputs
-        and of the pooled states set to zero in training.
-        Raises ValueError for an unknown cell or loops.
-        """
-        super().__init__()
-        self.pool = pool
-        self.embeddings = nn.ModuleList(nn.Embedding(size, num_inputs) for size in vocab_sizes)
-        for embedding in self.embeddings:  # the sum over the aspects has variance 1
-            nn.init.normal_(embedding.weight, std=len(vocab_sizes) ** -0.5)
-        self.dropout = nn.Dropout(dropout)
-        self.recurrence = Recurrence(cell, num_inputs, num_hiddens, num_classes, loops)
-
-    def embed(self, tokens):
-        """Inputs of the recurrence (T, B, D) for tokens (T, B, aspects)."""
-        pairs = zip(self.embeddings, tokens.unbind(2), strict=True)
-        inputs = sum(embedding(ids) for embedding, ids in pairs)
-        # One dropout mask for all steps of a text (Gal and Ghahramani 2016).
-        return inputs * self.dropout(inputs.new_ones(1, *inputs.shape[1:]))
-
-    def classify(self, states, lengths):
-        """Logits (B, Q) from all hidden states (T, B, h)."""
-        pooled = pool_states(states, lengths, self.pool, self.recurrence.cell == "bi_lstm")
-        return self.recurrence.output(self.dropout(pooled))
-
-    def forward(self, tokens, lengths):
-        """Logits (B, Q) of tokens (T, B, aspects), padded on the right, of lengths (B,) >= 1."""
-        return self.classify(self.recurrence(self.embed(tokens), lengths), lengths)
-
-
-class Forecaster(nn.Module):
-    """A recurrence that corrects a linear forecast: all steps ahead at once, from its last state.
-
-    Y = f W_xq + share * (H_T W_hq + b_q), f the `linear_features` of the known steps. W_xq and
-    share are set from outside and are not trained.
-    """
-
-    def __init__(
-        self, cell, num_inputs, num_hiddens, known, horizon, steps_a_day, dropout=0.0, loops="fast"
-    ):
-        """num_inputs: D features a step, the last four sine and cosine of the year and of the day;
-        num_hiddens: h; known: T, whole days; horizon: Q; dropout: share of the last state set to
-        zero in training. Raises ValueError for an unknown cell or loops.
-        """
-        super().__init__()
-        self.steps_a_day = steps_a_day
-        self.recurrence = Recurrence(cell, num_inputs, num_hiddens, horizon, loops)
-        nn.init.zeros_(self.recurrence.W_hq)  # training starts from the linear forecast
-        for name, param in self.recurrence.named_parameters():
-            if name.startswith("b_f"):  # with 1 the LSTM overfits within two epochs
-                nn.init.zeros_(param)
-        blocks = self.linear_features(torch.zeros(known, 1, num_inputs), steps_a_day)
-        self.register_buffer("W_xq", torch.zeros(sum(f.shape[1] for f in blocks), horizon))
-        self.register_buffer("share", torch.ones(()))
-        self.dropout = nn.Dropout(dropout)
-
-    @staticmethod
-    def linear_features(inputs, steps_a_day):
-        """Eight blocks (B, *) of features from inputs (T, B, D): x, x sin_y, x cos_y, z, z sin_y,
-        z cos_y, z sin_d, z cos_d, with sine and cosine of the year and of the day at the last step.
-
-        x: the first column, in means of an hour where steps are shorter. z: of all columns the
-        daily means and the hours of the last day. Both end with a 1. The products let the weights
-        change with season and hour.
-        """
-        per_day = min(24, steps_a_day)
-        hours = inputs[:, :, :-4].unflatten(0, (-1, steps_a_day // per_day)).mean(1)
-        days = hours.unflatten(0, (-1, per_day)).mean(1)  # (days, B, C), hours (days * 24, B, C)
-        x, z = hours[:, :, :1], torch.cat([days, hours[-per_day:]])
-        x, z = (nn.functional.pad(v.transpose(0, 1).flatten(1), (0, 1), value=1.0) for v in (x, z))
-        sin_y, cos_y, sin_d, cos_d = inputs[-1, :, -4:].t()[:, :, None]  # (B, 1) each
-        return x, x * sin_y, x * cos_y, z, z * sin_y, z * cos_y, z * sin_d, z * cos_d
-
-    def forward(self, inputs):
-        """Forecasts (B, Q) from the known steps (T, B, D), which both directions read alone."""
-        states = self.recurrence(inputs)  # (T, B, h)
-        lengths = torch.full((inputs.shape[1],), len(inputs), device=inputs.device)
-        last = pool_states(states, lengths, "last", self.recurrence.cell == "bi_lstm")
-        features = torch.cat(self.linear_features(inputs, self.steps_a_day), dim=1)  # (B, F)
-        return features @ self.W_xq + self.share * self.recurrence.output(self.dropout(last))
+        return states.masked_fill(is_padding, 0.0).sum(dim=0) / lengths[:, None]
+    return states.masked_fill(is_padding, float("-inf")).amax(dim=0)

@@ -17,17 +17,17 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pandas as pd
-import torch
-
-import datasets
 import plots
+import torch
 import training
 from datasets import UserError
+from training import CELL_OF, NAMES, Run, number
+
 from metrics import mean_error, median_error, rmse
 from rnn_models import Forecaster
-from training import CELL_OF, NAMES, Run, number
 
 TARGET = "T (degC)"
 STAMP = "%d.%m.%Y %H:%M:%S"

@@ -12,59 +12,91 @@ import contextlib
 import io
 import json
 import logging
+import math
 import sys
 from dataclasses import dataclass
 from itertools import chain, islice
+from pathlib import Path
 
 import jieba
 import numpy as np
 import pandas as pd
 import torch
+from torch import nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
 
-import datasets
-import plots
-import training
-from datasets import UserError
 from metrics import accuracy, confusion_matrix, precision_recall_f1
-from rnn_models import CELLS, POOLS, TextClassifier, init_state
-from training import NAMES, Run, number
+from rnn_models import CELLS, POOLS, Recurrence, grad_clipping, num_directions, pool_states
+from support import datasets, options, plots
+from support.files import UserError, whole_file, write_csv
+from support.run import (
+    Run,
+    check_finite,
+    is_first,
+    join_processes,
+    load_checkpoint,
+    load_weights,
+    moving_average,
+    rise_and_fall,
+    stamp,
+    title_of,
+    world_size,
+    write_comparison,
+)  # fmt: skip
 
-PAD, UNK = 0, 1
-ALONE, FIRST, INSIDE, LAST = 1, 2, 3, 4  # places of a character in its word
-BLANKS = "\ufeff \t\r\n\u3000"  # stripped from both ends of a text
+PAD = 0  # the id behind a text's end
+UNK = 1  # the id of a token that is not in the vocabulary
 PAIR_MIN_FREQ = 20  # pairs of characters are many; rarer ones are UNK
+BLANKS = "\ufeff \t\r\n\u3000"  # stripped from both ends of a text
 CURVE_ROWS = 5000  # training rows on which the curves' training loss is measured
 REACH = 40  # tokens over which the gradient's reach is measured
-SCORES = ["accuracy", "precision_macro", "recall_macro", "f1_macro"]
-# Chosen on validation rows; 3534 steps are six epochs.
-DEFAULTS = {
-    "model": "lstm", "epochs": 20, "patience": 3, "batch_size": 64, "hidden": 128, "dropout": 0.4,
-    "lr": 4e-3, "descent": 3534, "weight_decay": 0.2, "average": 0.998,
-}  # fmt: skip
-PRESETS = {"lab": {  # the lab's plain setting
-    "tokens": "word", "pool": "last", "epochs": 20, "patience": 0, "lr": 1e-3, "descent": 0,
+PRESETS = {"lab": {  # the plain setting of the lab
+    "tokens": "word", "pool": "last", "epochs": 20, "patience": 0, "lr": 1e-3, "fall_steps": 0,
     "weight_decay": 1e-4, "average": 0.0, "label_smoothing": 0.0, "word_dropout": 0.0,
 }}  # fmt: skip
 
 
+# --- options ------------------------------------------------------------------------------------
+
+
 def parse_args(arguments=None):
-    """The command line as a namespace."""
-    parser = training.make_parser(__doc__, **DEFAULTS)
+    """The command line as a namespace. The defaults were chosen on validation rows."""
+    parser = options.Parser(__doc__)
+    options.add_shared_options(parser, CELLS)
     add = parser.add_argument
-    share = number(float, 0, 0.999)
+    count, count_or_0 = options.count, options.count_or_0
+    fraction, positive = options.fraction, options.positive
     add("--preset", choices=PRESETS, help="the lab's plain setting; options given beside it win")
+    add("--text-column", default="review", help="the file's column of texts")
+    add("--label-column", default="cat", help="the file's column of classes")
     add("--tokens", choices=["both", "word"], default="both", help="jieba's words, or characters "
-        "with their word, their place in it, and the next character")  # fmt: skip
-    add("--embedding", type=number(int, 1, 8192), default=128, help="size D of an embedding")
+        "with their word and their pair with the next character")  # fmt: skip
+    add("--min-freq", type=count, default=2, help="rarer words and characters are <unk>")
+    add("--max-tokens", type=count, default=256, help="longer texts are cut")
+    add("--embedding", type=count, default=128, help="size D of an embedding")
+    add("--hidden", type=count, default=128, help="hidden units h of one direction")
     add("--pool", choices=POOLS, default="max", help="how a text's states become one")
-    add("--min-freq", type=number(int, 1, 10**9), default=2, help="rarer tokens are <unk>")
-    add("--max-tokens", type=number(int, 1, 10_000), default=256, help="longer texts are cut")
-    add("--label-smoothing", type=share, default=0.1, help="target's share spread over all classes")
-    add("--word-dropout", type=share, default=0.2, help="share of words hidden in training")
+    add("--dropout", type=fraction, default=0.4, help="share of inputs and pooled states set to 0")
+    add("--word-dropout", type=fraction, default=0.2, help="share of words hidden in training")
+    add("--label-smoothing", type=fraction, default=0.1, help="share of the target for all classes")
+    add("--epochs", type=count, default=20, help="passes over the training rows at most")
+    add("--patience", type=count_or_0, default=3, help="stop after so many epochs without a "
+        "better validation score; 0: never")  # fmt: skip
+    add("--batch-size", type=count, default=64, help="texts in one step")
+    add("--lr", type=positive, default=4e-3, help="learning rate of AdamW")
+    add("--fall-steps", type=count_or_0, default=3500, help="steps in which the rate rises and "
+        "falls to a twentieth, at most all steps; 0: constant rate")  # fmt: skip
+    add("--weight-decay", type=options.number(float, 0), default=0.2, help="of AdamW")
+    add("--clip", type=positive, default=1.0, help="largest norm of the gradient")
+    add("--average", type=fraction, default=0.998, help="decay of the weights' moving average")
+    add("--checkpoint", type=Path, nargs="+", help="best.pt of earlier runs, for --predict; the "
+        "probabilities of several are averaged")  # fmt: skip
     add("--predict", metavar="TEXT", help="classify this text, with - each line of the input; "
         "--predict=TEXT for a text that begins with -")  # fmt: skip
-    return training.parse(parser, arguments, PRESETS)
+    return options.parse(parser, arguments, PRESETS)
 
 
 # --- reviews ------------------------------------------------------------------------------------
@@ -75,7 +107,7 @@ class Reviews:
     """The corpus: texts, their labels as numbers of classes, and the rows of each part."""
 
     texts: list[str]
-    labels: np.ndarray  # (N,)
+    labels: np.ndarray  # (N,), -1 for rows left out
     classes: list[str]
     split: dict[str, torch.Tensor]  # "train", "validation", "test": row numbers from 0 on
     data: dict  # of metrics.json
@@ -85,32 +117,36 @@ def read_reviews(args):
     """Read the corpus and split it. Raises UserError for unfit data."""
     frame, data = datasets.load(datasets.REVIEWS, args.data)
     path = data["path"]
-    datasets.check_columns(frame, ("review", "cat"), path)
-    texts = frame["review"].astype(str).str.strip(BLANKS).tolist()
-    names = frame["cat"].astype(str).str.strip().to_numpy(object)
-    usable = np.array([text != "" for text in texts], bool) & (names != "")
+    datasets.check_columns(frame, [args.text_column, args.label_column], path)
+    texts = frame[args.text_column].astype(str).str.strip(BLANKS).tolist()
+    names = frame[args.label_column].astype(str).str.strip().to_numpy(object)
+    is_usable = np.array([text != "" for text in texts], bool) & (names != "")
     i = np.arange(1, len(texts) + 1)
     parts = {"train": ~np.isin(i % 5, (0, 4)), "validation": i % 5 == 4, "test": i % 5 == 0}
-    split = {part: torch.from_numpy(np.flatnonzero(usable & own)) for part, own in parts.items()}
-    for part, rows in split.items():
-        if len(rows) < 5:
-            raise UserError(f"{path} has {len(rows)} usable {part} rows, at least 5 are needed")
-    classes = sorted(set(names[usable]))
+    split = {}
+    for part, is_member in parts.items():
+        split[part] = torch.from_numpy(np.flatnonzero(is_usable & is_member))
+    classes = sorted(set(names[is_usable]))
+    untrained = sorted(set(classes) - set(names[split["train"].numpy()]))
+    sizes = ", ".join(f"{len(rows)} {part}" for part, rows in split.items())
+    if min(len(rows) for rows in split.values()) < 5:
+        raise UserError(f"{path} has too few usable rows: {sizes}; at least 5 of each are needed")
     if len(classes) < 2:
         raise UserError(f"{path} has one class only; name a file with two or more")
-    absent = sorted(set(classes) - set(names[split["train"].numpy()]))
-    if absent:
-        raise UserError(f"class {absent[0]!r} of {path} has no training row; leave it out")
-    sizes = ", ".join(f"{len(rows)} {part}" for part, rows in split.items())
-    empty = int((~usable).sum())
+    if untrained:
+        raise UserError(f"class {untrained[0]!r} of {path} has no training row; leave it out")
+    empty = len(texts) - is_usable.sum()
     print(f"{path}: {len(texts)} rows ({sizes}; {empty} empty left out), {len(classes)} classes")
-    labels = pd.Index(classes).get_indexer(names)  # -1: left out
+    labels = pd.Index(classes).get_indexer(names)
     return Reviews(texts, labels, classes, split, data)
 
 
 def cut_words(texts):
     """Each text as the list of its words, by jieba in precise mode."""
     jieba.setLogLevel(logging.WARNING)
+    with contextlib.suppress(OSError):  # in the system's folder it may be another user's file
+        datasets.DATA_DIR.mkdir(exist_ok=True)
+        jieba.dt.tmp_dir = str(datasets.DATA_DIR)
     return [jieba.lcut(text) for text in texts]
 
 
@@ -123,60 +159,57 @@ def cached_words(texts, sha256):
             return cuts
     print("cutting words ...", flush=True)
     cuts = cut_words(texts)
-    whole = datasets.whole_file(path, "w", encoding="utf-8")
-    with contextlib.suppress(UserError, ValueError), whole as stream:  # it is only a cache
-        json.dump(cuts, stream, ensure_ascii=False)
+    with contextlib.suppress(UserError):  # it is only a cache
+        with whole_file(path, "w", encoding="utf-8") as stream:
+            json.dump(cuts, stream, ensure_ascii=False)
     return cuts
 
 
-def tokenize(cuts, kind):
-    """Tokens of texts cut into words: {aspect: (all tokens,)}, and their number in each text.
+# --- words to ids -------------------------------------------------------------------------------
 
-    kind: "word" for words, "both" for characters with four aspects: the character, its word, its
-    pair with the next character ("\\n" behind a text), its place in the word. Characters are code
-    points, a pair is two of them in one number. A text without words becomes one unknown token.
+
+def tokenize(cuts, kind):
+    """Tokens of texts cut into words: {aspect: all texts' tokens in a row}, and the number of
+    tokens of each text.
+
+    kind: "word" for words; "both" for characters with three aspects: the character, the word that
+    it is in, its pair with the next character ("\\n" behind a text). A text without words becomes
+    one unknown token.
     """
     cuts = [cut or ["\0"] for cut in cuts]
-    words = np.array(list(chain.from_iterable(cuts)), dtype=object)
-    counts = np.fromiter(map(len, cuts), np.int64)
+    words = list(chain.from_iterable(cuts))
     if kind == "word":
-        return {"word": words}, counts
-    lengths = np.fromiter(map(len, words), np.int64)
-    ends = np.cumsum(lengths)  # of the words
-    text_ends = ends[np.cumsum(counts) - 1]
-    chars = np.frombuffer("".join(words).encode("utf-32-le"), np.uint32).astype(np.int64)
-    following = np.append(chars[1:], 0)
-    following[text_ends - 1] = ord("\n")
-    place = np.full(len(chars), INSIDE)
-    place[ends - lengths], place[ends - 1] = FIRST, LAST
-    place[ends[lengths == 1] - 1] = ALONE
-    aspects = {"char": chars, "word": np.repeat(words, lengths), "pair": chars << 32 | following}
-    return aspects | {"place": place}, np.diff(text_ends, prepend=0)
+        return {"word": words}, [len(cut) for cut in cuts]
+    word_of_each = []
+    for word in words:
+        word_of_each += [word] * len(word)
+    texts = ["".join(cut) for cut in cuts]
+    pairs = []
+    for text in texts:
+        pairs += map("".join, zip(text, text[1:] + "\n", strict=True))
+    aspects = {"word": word_of_each, "char": list("".join(texts)), "pair": pairs}
+    return aspects, [len(text) for text in texts]
 
 
-def build_vocabularies(tokens, min_freq):
-    """The frequent tokens of each aspect, most frequent first; their ids begin at 2.
-
-    tokens: of the training texts, by `tokenize`; rarer ones than min_freq are left out.
-    """
+def build_vocabularies(cuts, kind, min_freq):
+    """{aspect: its frequent tokens, most frequent first} of the training texts; ids begin at 2."""
+    tokens, _ = tokenize(cuts, kind)
+    tokens["word"] = list(chain.from_iterable(cuts))  # a word counts once, not at each character
     vocabularies = {}
-    for aspect, own in tokens.items():
-        if aspect == "word" and "place" in tokens:  # count a word once, not at each character
-            own = own[tokens["place"] <= FIRST]
+    for aspect in tokens:
+        counts = pd.Series(tokens[aspect], dtype=object).value_counts()
         least = max(min_freq, PAIR_MIN_FREQ) if aspect == "pair" else min_freq
-        codes, names = pd.factorize(own)  # names in the order of their first appearance
-        counts = np.bincount(codes)
-        order = np.argsort(-counts, kind="stable")
-        vocabularies[aspect] = names[order[counts[order] >= least]].tolist()
-    if "place" in tokens:  # a place's id is its own number; ALONE is 1, as UNK
-        vocabularies["place"] = [FIRST, INSIDE, LAST]
+        vocabularies[aspect] = counts.index[counts >= least].tolist()
     return vocabularies
 
 
 def encode(tokens, vocabularies):
     """The ids of tokens, (all tokens, aspects) int32; UNK for those not in the vocabularies."""
-    found = [pd.Index(own).get_indexer(tokens[aspect]) for aspect, own in vocabularies.items()]
-    return np.stack([np.where(i < 0, UNK, i + 2) for i in found], axis=1, dtype=np.int32)
+    columns = []
+    for aspect, vocabulary in vocabularies.items():
+        places = pd.Index(vocabulary, dtype=object).get_indexer(tokens[aspect])  # -1: not in it
+        columns.append(np.where(places < 0, UNK, places + 2))
+    return np.stack(columns, axis=1).astype(np.int32)
 
 
 class Corpus:
@@ -184,10 +217,12 @@ class Corpus:
 
     def __init__(self, ids, counts, labels, max_tokens, device):
         """ids (all tokens, aspects) of `encode`, counts (texts,) of `tokenize`, labels (texts,)."""
+        counts = np.array(counts)
+        first_tokens = np.cumsum(counts) - counts
         self.device = device
-        self.lengths = torch.from_numpy(np.minimum(counts, max_tokens))  # on the CPU, for planning
+        self.lengths = torch.from_numpy(counts).clamp(max=max_tokens)  # on the CPU, for planning
         self.ids = torch.from_numpy(ids).to(device)
-        self.firsts = torch.from_numpy(np.cumsum(counts) - counts).to(device)
+        self.first_tokens = torch.from_numpy(first_tokens).to(device)
         self.labels = torch.from_numpy(labels).to(device)
 
     def by_length(self, rows, batch_size):
@@ -196,104 +231,199 @@ class Corpus:
 
     def shuffled(self, rows, batch_size):
         """The same with chance: sorted within pools of fifty batches, batches in random order."""
-        pools = rows[torch.randperm(len(rows))].split(50 * batch_size)
-        batches = [batch for pool in pools for batch in self.by_length(pool, batch_size)]
+        batches = []
+        for pool in rows[torch.randperm(len(rows))].split(50 * batch_size):
+            batches += self.by_length(pool, batch_size)
         return [batches[i] for i in torch.randperm(len(batches)).tolist()]
 
     def batch(self, rows):
         """tokens (T, B, aspects), padded with 0 to the longest, lengths (B,) and labels (B,)."""
         lengths = self.lengths[rows]
         steps = torch.arange(int(lengths.max()), device=self.device)[:, None]  # (T, 1)
-        rows, lengths = rows.to(self.device), lengths.to(self.device)
-        padding = steps >= lengths  # (T, B)
-        index = torch.where(padding, 0, self.firsts[rows] + steps)  # (T, B)
-        tokens = self.ids[index].masked_fill(padding[:, :, None], PAD)
+        rows = rows.to(self.device)
+        lengths = lengths.to(self.device)
+        is_padding = steps >= lengths  # (T, B)
+        index = torch.where(is_padding, 0, self.first_tokens[rows] + steps)  # (T, B)
+        tokens = self.ids[index].masked_fill(is_padding[:, :, None], PAD)
         return tokens, lengths, self.labels[rows]
 
 
-# --- training and testing -----------------------------------------------------------------------
+# --- the model ----------------------------------------------------------------------------------
 
 
-def build_model(options, vocabularies, num_classes):
-    """The classifier of a checkpoint's options."""
+class TextClassifier(nn.Module):
+    """Embeddings, recurrence, pooling over time, linear layer: the logits of a text's classes."""
+
+    def __init__(
+        self, cell, vocab_sizes, num_inputs, num_hiddens, num_classes, pool="max", dropout=0.4
+    ):
+        """vocab_sizes: a size for each aspect of a token (word, character, pair).
+
+        num_inputs: D, an embedding's size; num_hiddens: h; dropout: share of the embedded inputs
+        and of the pooled states set to zero in training. Raises ValueError for an unknown cell.
+        """
+        super().__init__()
+        self.pool = pool
+        self.embeddings = nn.ModuleList()
+        for size in vocab_sizes:
+            embedding = nn.Embedding(size, num_inputs)
+            nn.init.normal_(embedding.weight, std=len(vocab_sizes) ** -0.5)  # the sum: variance 1
+            self.embeddings.append(embedding)
+        self.dropout = nn.Dropout(dropout)
+        self.recurrence = Recurrence(cell, num_inputs, num_hiddens, num_classes)
+
+    def embed(self, tokens):
+        """Inputs of the recurrence (T, B, D), the sum over the aspects of tokens (T, B, aspects)."""
+        inputs = 0
+        for embedding, ids in zip(self.embeddings, tokens.unbind(2), strict=True):
+            inputs = inputs + embedding(ids)
+        # One dropout mask for all steps of a text (Gal and Ghahramani 2016).
+        mask = self.dropout(inputs.new_ones(1, *inputs.shape[1:]))  # (1, B, D)
+        return inputs * mask
+
+    def classify(self, inputs, lengths):
+        """Logits (B, Q) of embedded inputs (T, B, D) of lengths (B,)."""
+        states = self.recurrence(inputs, lengths)  # (T, B, h)
+        is_bidirectional = num_directions(self.recurrence.cell) == 2
+        pooled = pool_states(states, lengths, self.pool, is_bidirectional)  # (B, h)
+        return self.recurrence.output(self.dropout(pooled))
+
+    def forward(self, tokens, lengths):
+        """Logits (B, Q) of tokens (T, B, aspects), padded on the right, of lengths (B,) >= 1."""
+        return self.classify(self.embed(tokens), lengths)
+
+
+def build_model(config):
+    """The untrained classifier of a checkpoint's config."""
+    settings = config["options"]
     return TextClassifier(
-        training.CELL_OF[options["model"]], [len(tokens) + 2 for tokens in vocabularies.values()],
-        options["embedding"], options["hidden"], num_classes,
-        options["pool"], options["dropout"], options["loops"],
-    )  # fmt: skip
+        cell=config["model"],
+        vocab_sizes=[len(vocabulary) + 2 for vocabulary in config["vocabularies"].values()],
+        num_inputs=settings["embedding"],
+        num_hiddens=settings["hidden"],
+        num_classes=len(config["labels"]),
+        pool=settings["pool"],
+        dropout=settings["dropout"],
+    )
+
+
+# --- training -----------------------------------------------------------------------------------
+
+
+def hide_words(tokens, share):
+    """A copy of tokens (T, B, aspects) in which the words of a share of the tokens are UNK."""
+    tokens = tokens.clone()
+    words = tokens[:, :, 0]  # a view; the word is the first aspect
+    is_hidden = torch.rand(words.shape, device=words.device) < share
+    words[is_hidden] = UNK  # padding, too, which nobody reads
+    return tokens
+
+
+def train(args, cell, reviews, corpus, vocabularies):
+    """Train one structure; returns its run and the model with the best epoch's weights."""
+    saved_options = ("tokens", "embedding", "hidden", "pool", "dropout", "max_tokens")
+    config = {
+        "task": "text",
+        "model": cell,
+        "options": {name: getattr(args, name) for name in saved_options},
+        "vocabularies": vocabularies,
+        "labels": reviews.classes,
+        "sha256": reviews.data["sha256"],
+    }
+    train_rows = reviews.split["train"]
+    num_steps = args.epochs * math.ceil(len(train_rows) / args.batch_size / world_size())
+
+    torch.manual_seed(args.seed)
+    model = build_model(config).to(corpus.device)
+    curve_rows = train_rows[torch.randperm(len(train_rows))[:CURVE_ROWS]]
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True
+    )
+    schedule = LambdaLR(optimizer, rise_and_fall(min(args.fall_steps, num_steps)))
+    # The moving average of the weights is what is validated, tested and saved.
+    average = AveragedModel(model, multi_avg_fn=moving_average(args.average))
+    parallel_model = DistributedDataParallel(model) if world_size() > 1 else model
+    num_params = sum(param.numel() for param in model.parameters())
+    print(f"\n{title_of(cell)}: {num_params:,} parameters, {corpus.device}", flush=True)
+
+    folder = args.out / f"text_{cell}"
+    run = Run(
+        folder, config, args, model=model, optimizer=optimizer, schedule=schedule, average=average
+    )
+    run.restore() if args.resume else run.clear()
+
+    for epoch in run.epochs(args.epochs, args.patience):
+        model.train()
+        for rows in run.progress(corpus.shuffled(train_rows, args.batch_size)):
+            tokens, lengths, labels = corpus.batch(rows)
+            tokens = hide_words(tokens, args.word_dropout)
+            logits = parallel_model(tokens, lengths)  # (B, K)
+            loss = F.cross_entropy(logits, labels, label_smoothing=args.label_smoothing)
+            optimizer.zero_grad()
+            loss.backward()
+            grad_clipping(model.parameters(), args.clip)
+            optimizer.step()
+            schedule.step()
+            average.update_parameters(model)
+        check_finite(model, epoch)
+        scores = validate(average.module, corpus, reviews, curve_rows)
+        run.end_epoch(scores, score=scores["validation_f1_macro"])
+
+    model.load_state_dict(run.best["weights"])
+    return run, model
 
 
 @torch.no_grad()
 def probabilities(model, corpus, rows):
     """Class probabilities (n, K) of the texts in rows (n,), in their order, on the CPU."""
     model.eval()
-    order = corpus.by_length(rows, 128)
-    p = torch.cat([model(*corpus.batch(batch)[:2]).softmax(dim=1).cpu() for batch in order])
-    by_row = torch.empty(len(corpus.lengths), p.shape[1])
-    by_row[torch.cat(order)] = p
+    batches = corpus.by_length(rows, 128)
+    parts = []
+    for batch in batches:
+        tokens, lengths, _ = corpus.batch(batch)
+        parts.append(model(tokens, lengths).softmax(dim=1).cpu())
+    by_row = torch.empty(len(corpus.lengths), parts[0].shape[1])
+    by_row[torch.cat(batches)] = torch.cat(parts)
     return by_row[rows]
 
 
-def validate(model, corpus, reviews, train_rows):
+def validate(model, corpus, reviews, curve_rows):
     """Scores of an epoch: on validation rows and, for the curves, on some training rows.
 
     The cross-entropies are without label smoothing and dropout, so that they compare.
     """
-
-    def score(rows):
-        p, truth = probabilities(model, corpus, rows), torch.from_numpy(reviews.labels)[rows]
-        matrix = confusion_matrix(truth.numpy(), p.argmax(1).numpy(), len(reviews.classes))
-        loss = F.nll_loss(p.clamp_min(1e-12).log(), truth).item()
-        return loss, accuracy(matrix), precision_recall_f1(matrix, "macro")[2]
-
-    train_loss, train_accuracy, _ = score(train_rows)
-    loss, share, f1 = score(reviews.split["validation"])
-    return {"train_loss": train_loss, "validation_loss": loss, "train_accuracy": train_accuracy,
-            "validation_accuracy": share, "validation_f1_macro": f1}  # fmt: skip
-
-
-def train(args, name, reviews, corpus, vocabularies):
-    """Train one structure; returns its run, whose model has the best epoch's weights."""
-    kept = ("tokens", "embedding", "hidden", "pool", "dropout", "loops", "max_tokens")
-    config = {
-        "task": "text", "options": {"model": name} | {key: getattr(args, key) for key in kept},
-        "vocabularies": vocabularies,
-        "labels": reviews.classes, "sha256": reviews.data["sha256"],
-    }  # fmt: skip
-    torch.manual_seed(args.seed)
-    model = build_model(config["options"], vocabularies, len(reviews.classes)).to(corpus.device)
-    run = Run(args, args.out / f"text_{name}", config, model)
-    some_rows = reviews.split["train"][torch.randperm(len(reviews.split["train"]))[:CURVE_ROWS]]
-    word_column = list(vocabularies).index("word")
-
-    for _ in run.epochs():
-        model.train()
-        for rows in run.progress(corpus.shuffled(reviews.split["train"], args.batch_size)):
-            tokens, lengths, labels = corpus.batch(rows)
-            words = tokens[:, :, word_column]  # a view of the tokens; padding is not read
-            words[torch.rand(words.shape, device=words.device) < args.word_dropout] = UNK
-            logits = model(tokens, lengths)  # (B, K)
-            run.step(F.cross_entropy(logits, labels, label_smoothing=args.label_smoothing))
-        scores = validate(run.averaged, corpus, reviews, some_rows) if training.is_first() else None
-        run.finish_epoch(scores, monitor="validation_f1_macro", mode="max")
-    run.load_best()
-    return run
+    scores = {}
+    for part, rows in {"train": curve_rows, "validation": reviews.split["validation"]}.items():
+        p = probabilities(model, corpus, rows)
+        truth = torch.from_numpy(reviews.labels)[rows]
+        matrix = confusion_matrix(truth.numpy(), p.argmax(dim=1).numpy(), len(reviews.classes))
+        scores[f"{part}_loss"] = F.nll_loss(p.clamp_min(1e-12).log(), truth).item()
+        scores[f"{part}_accuracy"] = accuracy(matrix)
+    # The last matrix is that of the validation rows.
+    scores["validation_f1_macro"] = precision_recall_f1(matrix, "macro")[2]
+    return scores
 
 
-def test(run, reviews, corpus):
+# --- the test -----------------------------------------------------------------------------------
+
+
+def test(run, model, reviews, corpus):
     """Test a trained structure, write its results; returns its metrics and probabilities."""
-    p = probabilities(run.model, corpus, reviews.split["test"])
+    run.save_best()
+    p = probabilities(model, corpus, reviews.split["test"])
     matrix, scores = test_scores(reviews, p)
     split = {part: len(rows) for part, rows in reviews.split.items()}
     metrics = run.write_metrics(reviews.data, split, scores)
     write_predictions(run.folder / "predictions.csv", reviews, p)
-    title = f"{NAMES[run.name]}{training.stamp(reviews.data)}"
-    print_scores(scores, f"{title}, test rows, epoch {run.best['epoch']}")
+
+    title = f"{title_of(metrics['model'])}{stamp(reviews.data)}"
+    print_scores(scores, f"{title}, test rows, epoch {metrics['best_epoch']}")
     history = pd.DataFrame(run.history)
-    plots.draw_curves(run.folder / "curves.png", {
-        f"{title}: {what}": {part: history[f"{part}_{key}"] for part in ("train", "validation")}
-        for what, key in (("cross-entropy, no dropout", "loss"), ("accuracy", "accuracy"))
-    })  # fmt: skip
+    panels = {}
+    for key, words in (("loss", "cross-entropy, no dropout"), ("accuracy", "accuracy")):
+        curves = {part: history[f"{part}_{key}"] for part in ("train", "validation")}
+        panels[f"{title}: {words}"] = curves
+    plots.draw_curves(run.folder / "curves.png", panels)
     plots.draw_confusion(run.folder / "confusion.png", matrix, reviews.classes, title)
     print(f"results in {run.folder}: open curves.png and confusion.png; classify a text with")
     print(f'  python text_classify.py --checkpoint "{run.folder}/best.pt" --predict "..."')
@@ -303,14 +433,16 @@ def test(run, reviews, corpus):
 def test_scores(reviews, p):
     """The confusion matrix (K, K) of test probabilities (n, K), and "test" of metrics.json."""
     truth = reviews.labels[reviews.split["test"].numpy()]
-    matrix = confusion_matrix(truth, p.argmax(1).numpy(), len(reviews.classes))
+    matrix = confusion_matrix(truth, p.argmax(dim=1).numpy(), len(reviews.classes))
     scores = {"accuracy": accuracy(matrix)}
-    names = ("precision", "recall", "f1")
     for average in ("macro", "weighted"):
-        values = precision_recall_f1(matrix, average)
-        scores |= {f"{name}_{average}": x for name, x in zip(names, values, strict=True)}
-    table = pd.DataFrame(np.stack(precision_recall_f1(matrix), axis=1), reviews.classes, names)
-    scores["per_class"] = table.assign(support=matrix.sum(axis=1)).to_dict("index")
+        precision, recall, f1 = precision_recall_f1(matrix, average)
+        scores[f"precision_{average}"] = precision
+        scores[f"recall_{average}"] = recall
+        scores[f"f1_{average}"] = f1
+    precision, recall, f1 = precision_recall_f1(matrix)
+    columns = {"precision": precision, "recall": recall, "f1": f1, "support": matrix.sum(axis=1)}
+    scores["per_class"] = pd.DataFrame(columns, index=reviews.classes).to_dict("index")
     return matrix, scores
 
 
@@ -328,134 +460,151 @@ def print_scores(scores, title):
 
 def write_predictions(path, reviews, p):
     """Write each test row's number in the file, truth, prediction, its probability, and text."""
-    rows, best = reviews.split["test"].numpy(), p.max(dim=1)
+    rows = reviews.split["test"].numpy()
+    highest, predicted = p.max(dim=1)
     classes = np.array(reviews.classes, dtype=object)
-    training.write_csv(path, pd.DataFrame({
-        "row": rows + 1, "label": classes[reviews.labels[rows]],
-        "predicted": classes[best.indices.numpy()], "probability": best.values.numpy().round(4),
-        "text": [reviews.texts[i] for i in rows],
-    }))  # fmt: skip
+    table = pd.DataFrame({
+        "row": rows + 1,
+        "label": classes[reviews.labels[rows]],
+        "predicted": classes[predicted.numpy()],
+        "probability": highest.numpy().round(4),
+        "text": [reviews.texts[row] for row in rows],
+    })  # fmt: skip
+    write_csv(path, table)
 
 
 # --- comparison ---------------------------------------------------------------------------------
 
 
 def gradient_reach(model, corpus, rows):
-    """For each distance 0..REACH-1 from a text's end the mean of ||dL/dH_t||, divided by that at
-    distance 0, over texts of at least REACH tokens in rows; [] if none is long enough.
-
-    H_t: the forward direction's states. Calling the cell for one step at a time makes each H_t a
-    tensor of its own, whose gradient holds what comes from all later steps and from the pooling.
+    """How far back an input counts: for each distance 0..REACH-1 from a text's end the norm of the
+    gradient ||dL/dX_t|| of the embedded input there, divided by that at the end; the median over
+    up to 512 texts of at least REACH tokens in rows, [] if no text is long enough.
     """
     model.eval()
     rows = rows[corpus.lengths[rows] >= REACH][:512]
-    if not len(rows):
+    if len(rows) == 0:
         return []
-    recurrence, total = model.recurrence, torch.zeros(REACH)
-    cell, h = recurrence.cell.removeprefix("bi_"), recurrence.num_hiddens
-    identity = [torch.eye(h, device=corpus.device), torch.zeros(h, device=corpus.device)]
-    params = [*recurrence.directions()[0], *identity]
+    ratios = []
     for batch in corpus.by_length(rows, 64):
         tokens, lengths, labels = corpus.batch(batch)
-        inputs = model.embed(tokens).detach()  # (T, B, D)
-        state, H = init_state(cell, len(batch), h, corpus.device), []
-        for X in inputs:
-            _, state = CELLS[cell](X[None], state, params)
-            H.append(state[0])
-            state[0].retain_grad()
-        backward = recurrence(inputs, lengths)[:, :, h:]  # nothing unless "bi_lstm"
-        states = torch.cat([torch.stack(H), backward], dim=2)
-        F.cross_entropy(model.classify(states, lengths), labels, reduction="sum").backward()
-        norms = torch.stack([H_t.grad.norm(dim=1) for H_t in H])  # (T, B)
-        back = lengths - 1 - torch.arange(REACH, device=corpus.device)[:, None]  # (REACH, B)
-        total += norms.gather(0, back).sum(dim=1).cpu()
-        model.zero_grad()
-    return (total / total[0].clamp_min(1e-30)).tolist()
+        inputs = model.embed(tokens).detach().requires_grad_()  # (T, B, D)
+        loss = F.cross_entropy(model.classify(inputs, lengths), labels, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, inputs)
+        norms = gradient.norm(dim=2)  # (T, B)
+        distances = torch.arange(REACH, device=corpus.device)[:, None]
+        norms = norms.gather(0, lengths - 1 - distances)  # (REACH, B)
+        ratios.append(norms / norms[0])
+    return torch.cat(ratios, dim=1).median(dim=1).values.tolist()
 
 
 def compare(args, reviews, results, reach):
-    """The four structures side by side, and the mean of their probabilities: text_all/."""
-    rows, kept = [], (*SCORES, "parameters", "seconds_per_epoch", "best_epoch")
+    """The structures side by side, and the mean of their probabilities: text_all/."""
+    shown = ["accuracy", "precision_macro", "recall_macro", "f1_macro"]
+    rows = []
     for metrics, _ in results:
-        own = metrics | metrics["test"]
-        rows.append({"model": NAMES[own["model"]]} | {key: own[key] for key in kept})
-    _, scores = test_scores(reviews, torch.stack([p for _, p in results]).mean(dim=0))
-    mean = {"model": "mean of the four"} | {key: scores[key] for key in SCORES}
-    rows.append(mean | {"parameters": sum(row["parameters"] for row in rows)})
-    content = {"argv": sys.argv[1:], "seed": args.seed, "data": reviews.data,
-               "rows": rows, "gradient_reach": reach}  # fmt: skip
-    stamp = training.stamp(reviews.data)
-    note = f"Test rows{stamp}; precision, recall and F1 are macro averages."
-    panels = {f"Validation cross-entropy{stamp}": "validation_loss",
-              "Validation macro-F1": "validation_f1_macro"}  # fmt: skip
-    training.write_comparison(args.out, "text", rows, content, note, panels)
-    title = f"--pool {args.pool}, validation texts{stamp}"
+        row = {"model": title_of(metrics["model"])}
+        row.update({name: metrics["test"][name] for name in shown})
+        for name in ("parameters", "seconds_per_epoch", "best_epoch"):
+            row[name] = metrics[name]
+        rows.append(row)
+    mean_p = torch.stack([p for _, p in results]).mean(dim=0)
+    _, scores = test_scores(reviews, mean_p)
+    mean_row = {"model": "mean of all"}
+    mean_row.update({name: scores[name] for name in shown})
+    mean_row["parameters"] = sum(row["parameters"] for row in rows)
+    content = {
+        "argv": sys.argv[1:],
+        "seed": args.seed,
+        "data": reviews.data,
+        "rows": [*rows, mean_row],
+        "gradient_reach": reach,
+    }
+    suffix = stamp(reviews.data)
+    print(f"\nTest rows{suffix}; precision, recall and F1 are macro averages.")
+    panels = {
+        f"Validation cross-entropy{suffix}": "validation_loss",
+        "Validation macro-F1": "validation_f1_macro",
+    }
+    write_comparison(args.out, "text", content, panels)
+    title = f"--pool {args.pool}, validation texts{suffix}"
     plots.draw_gradients(args.out / "text_all" / "gradients.png", reach, title)
 
 
 # --- prediction ---------------------------------------------------------------------------------
 
 
-def decode(line):
-    """A line of input as text: UTF-8 with or without BOM, otherwise GB18030."""
-    with contextlib.suppress(UnicodeDecodeError):
-        return line.decode("utf-8-sig")
-    return line.decode("gb18030", "replace")
-
-
 def on_one_line(text):
     """A text without tabs, line feeds and what cannot be printed."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    printable = [character if character.isprintable() else " " for character in text]
+    return " ".join("".join(printable).split())
 
 
 def predict(args, device):
     """Print label, probability and text of one text, or of each line of the standard input."""
-    saved = training.load_checkpoint(args.checkpoint, "text")
-    with training.refuse_damaged(args.checkpoint):
-        vocabularies, max_tokens = saved["vocabularies"], saved["options"]["max_tokens"]
-        labels = [on_one_line(label) for label in saved["labels"]]
-        model = build_model(saved["options"], vocabularies, len(labels)).to(device)
-        model.load_state_dict(saved["weights"])
+    classifiers = []
+    for path in args.checkpoint:
+        config = load_checkpoint(path, "text")
+        model = build_model(config).to(device)
+        load_weights(model, config["weights"], path)
+        classifiers.append((model, config))
+    labels = config["labels"]
+    if any(other["labels"] != labels for _, other in classifiers):
+        raise UserError("the checkpoints have different classes; name models of the same data")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8", errors="replace")
-    given = [args.predict.encode("utf-8", "surrogateescape")]
-    lines = iter(sys.stdin.buffer if args.predict == "-" else given)
-    while part := list(islice(lines, 256)):
-        texts = [decode(line).strip(BLANKS) for line in part]
-        tokens, counts = tokenize(cut_words(texts), saved["options"]["tokens"])
-        ids = encode(tokens, vocabularies)
-        corpus = Corpus(ids, counts, np.zeros(len(texts), np.int64), max_tokens, device)
-        best = probabilities(model, corpus, torch.arange(len(texts))).max(dim=1)
-        for text, p, k in zip(texts, best.values.tolist(), best.indices.tolist(), strict=True):
-            print(labels[k], f"{p:.4f}", on_one_line(text), sep="\t")
+    lines = iter(sys.stdin.buffer) if args.predict == "-" else iter([args.predict.encode()])
+    while batch := list(islice(lines, 256)):
+        texts = [datasets.decode(line).strip(BLANKS) for line in batch]
+        cuts = cut_words(texts)
+        p = torch.stack([class_shares(cuts, *classifier, device) for classifier in classifiers])
+        highest, predicted = p.mean(dim=0).max(dim=1)
+        for text, share, k in zip(texts, highest.tolist(), predicted.tolist(), strict=True):
+            print(on_one_line(labels[k]), f"{share:.4f}", on_one_line(text), sep="\t")
 
 
-def train_and_test(args, device):
-    """Train what --model names, test it, and compare all four."""
-    reviews = read_reviews(args)
-    cuts = cached_words(reviews.texts, reviews.data["sha256"])
-    tokens, counts = tokenize(cuts, args.tokens)
-    of_train = np.repeat(np.isin(np.arange(len(counts)), reviews.split["train"]), counts)
-    train_tokens = {aspect: own[of_train] for aspect, own in tokens.items()}
-    vocabularies = build_vocabularies(train_tokens, args.min_freq)
-    ids = encode(tokens, vocabularies)
-    corpus = Corpus(ids, counts, reviews.labels, args.max_tokens, device)
-    del cuts, tokens, train_tokens  # millions of strings
-    results, reach = [], {}
-    for name in training.structures(args, "text"):
-        run = train(args, name, reviews, corpus, vocabularies)
-        if training.is_first():
-            results.append(test(run, reviews, corpus))
-            if args.model == "all":
-                reach[NAMES[name]] = gradient_reach(run.model, corpus, reviews.split["validation"])
-    if args.model == "all" and training.is_first():
-        compare(args, reviews, results, reach)
+def class_shares(cuts, model, config, device):
+    """The probabilities (n, K) that a saved model gives to texts cut into words."""
+    tokens, counts = tokenize(cuts, config["options"]["tokens"])
+    ids = encode(tokens, config["vocabularies"])
+    labels = np.zeros(len(cuts), np.int64)  # not known
+    corpus = Corpus(ids, counts, labels, config["options"]["max_tokens"], device)
+    return probabilities(model, corpus, torch.arange(len(cuts)))
+
+
+# --- from arguments to results ------------------------------------------------------------------
 
 
 def main():
-    """From arguments to results."""
-    training.start(parse_args(), predict, train_and_test)
+    """Train what --model names, test it, and compare all; or predict with a saved model."""
+    args = parse_args()
+    device = options.pick_device(args.device)
+    if args.predict is not None:
+        predict(args, device)
+        return
+    options.check_folder(args.out)
+    join_processes(device)
+
+    reviews = read_reviews(args)
+    cuts = cached_words(reviews.texts, reviews.data["sha256"])
+    train_cuts = [cuts[row] for row in reviews.split["train"].tolist()]
+    vocabularies = build_vocabularies(train_cuts, args.tokens, args.min_freq)
+    tokens, counts = tokenize(cuts, args.tokens)
+    ids = encode(tokens, vocabularies)
+    corpus = Corpus(ids, counts, reviews.labels, args.max_tokens, device)
+    del cuts, train_cuts, tokens  # millions of strings
+
+    results = []
+    reach = {}
+    for cell in CELLS if args.model == "all" else [args.model]:
+        run, model = train(args, cell, reviews, corpus, vocabularies)
+        if is_first():
+            results.append(test(run, model, reviews, corpus))
+            if args.model == "all":
+                reach[title_of(cell)] = gradient_reach(model, corpus, reviews.split["validation"])
+    if args.model == "all" and is_first():
+        compare(args, reviews, results, reach)
 
 
 if __name__ == "__main__":
-    training.run_script(main)
+    options.run_script(main)

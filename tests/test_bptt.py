@@ -4,12 +4,12 @@ import copy
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
+import bptt
 import pytest
 import torch
 from test_rnn_models import NAMES, all_cells, assert_close, both_loops, random_case
 from torch import nn
 
-import bptt
 from rnn_models import CELLS, Recurrence, init_state
 
 SIZES = [(1, 1, 1, 1), (30, 7, 2, 8), (2, 0, 3, 2)]  # T, B, D, h; an empty batch

@@ -9,10 +9,9 @@ import zipfile
 from functools import partial
 from unittest.mock import Mock
 
+import datasets
 import pandas as pd
 import pytest
-
-import datasets
 import samples
 from datasets import REVIEWS, Dataset, UserError, load, whole_file
 

@@ -7,12 +7,12 @@ import pandas as pd
 import pytest
 import torch
 from conftest import exit_status
-
-import temp_forecast
-import text_classify
 from datasets import UserError
 from samples import reviews, temperatures
 from training import hold_folder
+
+import temp_forecast
+import text_classify
 
 SCRIPTS = {"text": text_classify, "temp": temp_forecast}
 QUICK = ["--model", "rnn", "--epochs", 1, "--hidden", 4, "--device", "cpu", "--data"]

@@ -2,13 +2,12 @@
 
 import types
 
-import pytest
-import torch
-from conftest import run_main
-
 import bench
+import pytest
 import report
+import torch
 import training
+from conftest import run_main
 
 
 def table_rows(output):

@@ -6,13 +6,13 @@ import conftest
 import numpy as np
 import pandas as pd
 import pytest
-import torch
-from conftest import NAMES, history, read_json, run_main
-
 import samples
-import temp_forecast as script
+import torch
 import training
+from conftest import NAMES, history, read_json, run_main
 from datasets import UserError
+
+import temp_forecast as script
 from temp_forecast import STAMP, TARGET, Weather, read_series
 
 

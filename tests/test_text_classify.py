@@ -7,15 +7,15 @@ import sys
 from collections import Counter
 
 import conftest
+import datasets
 import numpy as np
 import pandas as pd
 import pytest
+import samples
 import torch
 from conftest import NAMES, history, read_json, run_main
 from torch import nn
 
-import datasets
-import samples
 import text_classify as script
 from rnn_models import TextClassifier, lstm
 

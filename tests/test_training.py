@@ -12,19 +12,19 @@ from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
+import plots
 import pytest
 import torch
+import training
 from conftest import NAMES, exit_status, read_json
+from datasets import UserError
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 from torch import nn
+from training import Run, load_checkpoint
 
-import plots
 import temp_forecast
 import text_classify
-import training
-from datasets import UserError
-from training import Run, load_checkpoint
 
 
 def start(folder, model=None, sha256="0", **changed):

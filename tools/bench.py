@@ -15,9 +15,9 @@ import statistics
 import time
 
 import torch
+import training
 from torch import nn
 
-import training
 from rnn_models import Recurrence
 
 SHAPES = [(50, 64, 128, 128), (100, 64, 300, 256), (120, 256, 1, 64)]  # T, B, D, h

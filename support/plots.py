@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 
-from datasets import whole_file
+from support.files import whole_file
 
 ENGLISH = {
     "书籍": "books", "平板": "tablets", "手机": "phones", "水果": "fruit", "洗发水": "shampoo",

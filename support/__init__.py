@@ -1,0 +1,1 @@
+"""What any training script needs, and nothing of the lesson."""

@@ -1,0 +1,247 @@
+"""Back-propagation through time by hand (Werbos 1990): RNN, GRU and LSTM with derived gradients.
+
+`hidden_states` computes what the loops of `rnn_models` compute, but autograd sees one node:
+`forward` runs the recurrence, `backward` goes from the last step to the first. Everything that
+needs no other step stands outside the loop: one product of all inputs with W_x before it, one for
+each weight's gradient after it.
+
+G directions side by side, T steps, B sequences, D inputs, h units. X is a step's input, H its
+state, H_prev the state before. dV is the gradient of the loss with respect to V, dY the part of dH
+that comes from above, A the sum inside a gate, s the logistic sigmoid, * the elementwise product.
+W_x, W_h and b hold all gates side by side, the LSTM's for example W_x = [W_xi W_xf W_xo W_xc].
+"""
+
+import torch
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+# S = s(A) gives dA = dS * S * (1 - S), S = tanh(A) gives dA = dS * (1 - S^2): (dS, S) -> dA
+sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
+tanh_backward = torch.ops.aten.tanh_backward.grad_input
+MINUS_ONE = torch.tensor(-1.0)
+
+
+def tanh(A, out):
+    """tanh(A); float32 on the CPU as 2 s(2A) - 1, to 1e-7, because that is faster there."""
+    if A.is_cpu and A.dtype == torch.float32:
+        torch.sigmoid(A + A, out=out)
+        return torch.add(MINUS_ONE, out, alpha=2, out=out)
+    return torch.tanh(A, out=out)
+
+
+def input_product(inputs, W_x, b):
+    """X W_x + b of all steps, (G, T, B, gates * h)."""
+    T, B = inputs.shape[1:3]
+    product = torch.baddbmm(b[:, None], inputs.flatten(1, 2), W_x)  # (G, T * B, gates * h)
+    return product.unflatten(1, (T, B))
+
+
+def by_step(*tensors):
+    """For each step a tuple of its slices (G, B, ...) of the tensors (G, T, B, ...)."""
+    return list(zip(*[tensor.unbind(1) for tensor in tensors], strict=True))
+
+
+def before(V_0, V):
+    """The values before each step, from V_0 (G, B, h) and those after each step V (G, T, B, h)."""
+    return torch.cat([V_0[:, None], V[:, :-1]], dim=1)
+
+
+def sum_of_products(V, dA):
+    """The sum of V^T dA over all steps and sequences, (G, columns of V, columns of dA)."""
+    return V.flatten(1, 2).mT @ dA.flatten(1, 2)
+
+
+def input_gradients(ctx, inputs, W_x, dA):
+    """dX = dA W_x^T, dW_x = sum of X^T dA and db = sum of dA."""
+    dX = None
+    if ctx.needs_input_grad[0]:
+        dX = torch.bmm(dA.flatten(1, 2), W_x.mT).view_as(inputs)
+    return dX, sum_of_products(inputs, dA), dA.sum(dim=(1, 2))
+
+
+class RNN(Function):
+    """H = tanh(X W_x + H_prev W_h + b)"""
+
+    @staticmethod
+    def forward(ctx, inputs, W_x, W_h, b, H_0):
+        states = input_product(inputs, W_x, b)  # X W_x + b, later H
+        H = H_0  # (G, B, h)
+        for A in states.unbind(1):
+            # H = tanh(X W_x + H_prev W_h + b)
+            H = tanh(torch.baddbmm(A, H, W_h), out=A)
+        ctx.save_for_backward(inputs, W_x, W_h, H_0, states)
+        return states
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dY_all):
+        inputs, W_x, W_h, H_0, states = ctx.saved_tensors
+        dA_all = torch.empty_like(states)
+        W_hT = W_h.mT.contiguous()
+        dH = dY_all[:, -1]
+        dY_before = before(torch.zeros_like(H_0), dY_all)
+        for H, dY_prev, dA in reversed(by_step(states, dY_before, dA_all)):
+            # dA = dH * (1 - H^2)
+            tanh_backward(dH, H, grad_input=dA)
+            # dH_prev = dY_prev + dA W_h^T
+            dH = torch.baddbmm(dY_prev, dA, W_hT)
+        dX, dW_x, db = input_gradients(ctx, inputs, W_x, dA_all)
+        # dW_h = sum of H_prev^T dA
+        dW_h = sum_of_products(before(H_0, states), dA_all)
+        return dX, dW_x, dW_h, db, dH
+
+
+class GRU(Function):
+    """Z = s(X W_xz + H_prev W_hz + b_z), R likewise;  M = R * H_prev;
+    H~ = tanh(X W_xh + M W_hh + b_h);  H = Z * H_prev + (1 - Z) * H~
+    """
+
+    @staticmethod
+    def forward(ctx, inputs, W_x, W_h, b, H_0):
+        h = H_0.shape[2]
+        W_hzr, W_hh = W_h.split([2 * h, h], dim=2)
+        gates = input_product(inputs, W_x, b)  # X W_x + b, later Z R H~
+        states = torch.empty_like(gates[..., :h])
+        H = H_0  # (G, B, h)
+        for ZR, Z, R, H_tilde, H_new in by_step(
+            gates[..., : 2 * h], *gates.chunk(3, dim=3), states
+        ):
+            # Z = s(X W_xz + H_prev W_hz + b_z), R likewise
+            torch.sigmoid(torch.baddbmm(ZR, H, W_hzr), out=ZR)
+            # H~ = tanh(X W_xh + M W_hh + b_h)
+            tanh(torch.baddbmm(H_tilde, R * H, W_hh), out=H_tilde)
+            # H = Z * H_prev + (1 - Z) * H~
+            H = torch.lerp(H_tilde, H, Z, out=H_new)
+        ctx.save_for_backward(inputs, W_x, W_h, H_0, gates, states)
+        return states
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dY_all):
+        inputs, W_x, W_h, H_0, gates, states = ctx.saved_tensors
+        h = H_0.shape[2]
+        W_hzr, W_hh = W_h.split([2 * h, h], dim=2)
+        W_hzrT = W_hzr.mT.contiguous()
+        W_hhT = W_hh.mT.contiguous()
+        H_before = before(H_0, states)
+        dA_all = torch.empty_like(gates)
+        dA_zr_all, dA_h_all = dA_all.split([2 * h, h], dim=3)
+        dH = dY_all[:, -1]
+        dY_before = before(torch.zeros_like(H_0), dY_all)
+        steps = by_step(
+            gates[..., : 2 * h], *gates.chunk(3, dim=3), H_before, dY_before,
+            dA_zr_all, *dA_all.chunk(3, dim=3),
+        )  # fmt: skip
+        for ZR, Z, R, H_tilde, H_prev, dY_prev, dA_zr, dZ, dR, dA_h in reversed(steps):
+            # dH~ = dH * (1 - Z);  dA_h = dH~ * (1 - H~^2);  dM = dA_h W_hh^T
+            dH_Z = dH * Z
+            tanh_backward(dH - dH_Z, H_tilde, grad_input=dA_h)
+            dM = torch.bmm(dA_h, W_hhT)
+            # dZ = dH * (H_prev - H~);  dR = dM * H_prev
+            torch.mul(dH, H_prev - H_tilde, out=dZ)
+            torch.mul(dM, H_prev, out=dR)
+            # dA_zr = dZR * ZR * (1 - ZR), in place of dZ and dR
+            sigmoid_backward(dA_zr, ZR, grad_input=dA_zr)
+            # dH_prev = dY_prev + dH * Z + dM * R + dA_zr W_hzr^T
+            dH = torch.baddbmm(dY_prev + dH_Z.addcmul_(dM, R), dA_zr, W_hzrT)
+        dX, dW_x, db = input_gradients(ctx, inputs, W_x, dA_all)
+        # dW_hzr = sum of H_prev^T dA_zr;  dW_hh = sum of M^T dA_h
+        M_all = gates[..., h : 2 * h] * H_before
+        dW_hzr = sum_of_products(H_before, dA_zr_all)
+        dW_hh = sum_of_products(M_all, dA_h_all)
+        return dX, dW_x, torch.cat([dW_hzr, dW_hh], dim=2), db, dH
+
+
+class LSTM(Function):
+    """I = s(X W_xi + H_prev W_hi + b_i), F and O likewise;  C~ = tanh(X W_xc + H_prev W_hc + b_c);
+    C = F * C_prev + I * C~;  H = O * tanh(C)
+    """
+
+    @staticmethod
+    def forward(ctx, inputs, W_x, W_h, b, H_0, C_0):
+        G, T, B, _ = inputs.shape
+        h = H_0.shape[2]
+        gates = input_product(inputs, W_x, b)  # X W_x + b, later I F O C~
+        states = gates.new_empty(G, T, B, h)
+        # C and tanh(C); where no gradient is asked for, all steps share the memory of one.
+        kept_steps = T if any(ctx.needs_input_grad) else 1
+        memories, tanhs = gates.new_empty(2, G, kept_steps, B, h).expand(2, G, T, B, h)
+        H, C = H_0, C_0  # (G, B, h)
+        steps = by_step(gates, gates[..., : 3 * h], *gates.chunk(4, dim=3), states, memories, tanhs)
+        for A, IFO, I, F, O, C_tilde, H_new, C_new, tanh_C in steps:
+            # I = s(X W_xi + H_prev W_hi + b_i), F and O likewise
+            A_new = torch.baddbmm(A, H, W_h)  # (G, B, 4h)
+            torch.sigmoid(A_new[..., : 3 * h], out=IFO)
+            # C~ = tanh(X W_xc + H_prev W_hc + b_c)
+            tanh(A_new[..., 3 * h :], out=C_tilde)
+            # C = F * C_prev + I * C~
+            C = torch.mul(F, C, out=C_new).addcmul_(I, C_tilde)
+            # H = O * tanh(C)
+            H = torch.mul(O, tanh(C, out=tanh_C), out=H_new)
+        ctx.save_for_backward(inputs, W_x, W_h, H_0, C_0, gates, states, memories, tanhs)
+        return states
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dY_all):
+        inputs, W_x, W_h, H_0, C_0, gates, states, memories, tanhs = ctx.saved_tensors
+        h = H_0.shape[2]
+        dA_all = torch.empty_like(gates)
+        W_hT = W_h.mT.contiguous()
+        dH = dY_all[:, -1]
+        dC = torch.zeros_like(C_0)
+        dY_before = before(torch.zeros_like(H_0), dY_all)
+        C_before = before(C_0, memories)
+        steps = by_step(
+            gates[..., : 3 * h], *gates.chunk(4, dim=3), C_before, tanhs, dY_before,
+            dA_all, dA_all[..., : 3 * h], *dA_all.chunk(4, dim=3),
+        )  # fmt: skip
+        for step in reversed(steps):
+            IFO, I, F, O, C_tilde, C_prev, tanh_C, dY_prev, dA, dA_ifo, dI, dF, dO, dA_c = step
+            # dC = dC + dH * O * (1 - tanh(C)^2)
+            dC = dC + tanh_backward(dH * O, tanh_C, grad_input=dA_c)
+            # dI = dC * C~;  dF = dC * C_prev;  dO = dH * tanh(C)
+            torch.mul(dC, C_tilde, out=dI)
+            torch.mul(dC, C_prev, out=dF)
+            torch.mul(dH, tanh_C, out=dO)
+            # dA_i = dI * I * (1 - I), dA_f and dA_o likewise, in place of dI, dF and dO
+            sigmoid_backward(dA_ifo, IFO, grad_input=dA_ifo)
+            # dC~ = dC * I;  dA_c = dC~ * (1 - C~^2)
+            tanh_backward(dC * I, C_tilde, grad_input=dA_c)
+            # dC_prev = dC * F
+            dC = dC * F
+            # dH_prev = dY_prev + dA W_h^T
+            dH = torch.baddbmm(dY_prev, dA, W_hT)
+        dX, dW_x, db = input_gradients(ctx, inputs, W_x, dA_all)
+        # dW_h = sum of H_prev^T dA
+        dW_h = sum_of_products(before(H_0, states), dA_all)
+        return dX, dW_x, dW_h, db, dH, dC
+
+
+FORMS = {"rnn": RNN, "gru": GRU, "lstm": LSTM, "bi_lstm": LSTM}
+NUM_GATES = {"rnn": 1, "gru": 3, "lstm": 4, "bi_lstm": 4}
+
+
+def hidden_states(cell, inputs, states, gates):
+    """Hidden states (G, T, B, h) of inputs (G, T, B, D), by the fast form of a cell.
+
+    states: for each direction its first state, (H,) or (H, C) of (B, h); gates: the parameter list
+    of the cell's loop without W_hq and b_q. Computes in the precision of the parameters, under
+    autocast too. Raises KeyError for a cell without a fast form.
+    """
+    form = FORMS[cell]
+    W_x = side_by_side(gates[0::3], NUM_GATES[cell])  # (G, D, gates * h)
+    W_h = side_by_side(gates[1::3], NUM_GATES[cell])  # (G, h, gates * h)
+    b = side_by_side(gates[2::3], NUM_GATES[cell])  # (G, gates * h)
+    first_state = [torch.stack(tensors) for tensors in zip(*states, strict=True)]  # (G, B, h) each
+    tensors = [tensor.to(b.dtype) for tensor in (inputs, W_x, W_h, b, *first_state)]
+    with torch.autocast(inputs.device.type, enabled=False):
+        return form.apply(*tensors)
+
+
+def side_by_side(tensors, num_gates):
+    """The gates of each direction joined along their last dimension, the directions stacked."""
+    directions = []
+    for first in range(0, len(tensors), num_gates):
+        directions.append(torch.cat(tensors[first : first + num_gates], dim=-1))
+    return torch.stack(directions)

@@ -1,0 +1,334 @@
+"""One training's folder: history, checkpoints, resuming; and torchrun's processes."""
+
+import io
+import math
+import os
+import sys
+import time
+import zipfile
+
+import pandas as pd
+import torch
+from torch import distributed
+from tqdm import tqdm
+
+from support import plots
+from support.files import UserError, whole_file, write_csv, write_json
+
+FORMAT = 6  # of the checkpoints; raise it when what they hold changes
+# What a run leaves in its folder.
+RESULTS = ("last.pt", "best.pt", "metrics.json", "history.csv", "predictions.csv", "curves.png",
+           "confusion.png", "forecasts.png", "lead_time.png")  # fmt: skip
+
+
+# --- torchrun's processes -----------------------------------------------------------------------
+
+
+def join_processes(device):
+    """Join torchrun's other processes (NCCL on GPUs, gloo on CPUs); only the first prints."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or distributed.is_initialized():
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # NCCL works on the current device
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if not is_first():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+
+def rank():
+    """The number of this process among torchrun's, 0 without it."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def world_size():
+    """The number of torchrun's processes, 1 without it."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def is_first():
+    """Whether this process tests, writes and prints: the only one, or torchrun's first."""
+    return rank() == 0
+
+
+def from_first(value):
+    """The first process's value, in all processes."""
+    if not distributed.is_initialized():
+        return value
+    values = [value]
+    distributed.broadcast_object_list(values)
+    return values[0]
+
+
+# --- checkpoints --------------------------------------------------------------------------------
+
+
+def save_checkpoint(path, content):
+    """Write a checkpoint whole: plain values and tensors only, so that `weights_only` loads it."""
+    packed = io.BytesIO()  # torch.save reports a full disk in its own words, a write by OSError
+    torch.save({"format": FORMAT, **content}, packed)
+    with whole_file(path) as stream:
+        stream.write(packed.getbuffer())
+
+
+def load_checkpoint(path, task):
+    """The dict in a checkpoint of this task ("text" or "temp"). Code in the file is never run.
+
+    Raises UserError for a file that is missing, damaged, foreign or of another version.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is no file; name a best.pt that this script wrote")
+    try:
+        damaged_part = zipfile.ZipFile(path).testzip()  # compares each part with its check sum
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged bytes lead to every kind of error
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{path} cannot be read ({reason}); train again") from error
+    if damaged_part:
+        raise UserError(f"{path} is damaged in {damaged_part}; train again")
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path} is no checkpoint of this version; train again")
+    if content["task"] != task:
+        raise UserError(f"{path} is of another script; name a best.pt that this script wrote")
+    return content
+
+
+def load_weights(part, weights, path):
+    """Put weights into a model, or a state into an optimiser; UserError if they do not fit."""
+    try:
+        part.load_state_dict(weights)
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} does not fit this program ({reason}); train again") from error
+
+
+# --- a run --------------------------------------------------------------------------------------
+
+
+def check_finite(model, epoch):
+    """Raise UserError unless all weights are finite.
+
+    A loss that is not finite makes its step's gradients and so all weights not finite, for good:
+    one look at the end of an epoch is enough, and no step waits for a GPU.
+    """
+    for param in model.parameters():
+        if not torch.isfinite(param).all():
+            raise UserError(f"the weights of epoch {epoch} are not finite; try a lower --lr")
+
+
+class Run:
+    """The folder of one training, its history, and its checkpoints.
+
+    `history` has a dict for each finished epoch; `best` is {"epoch", "score", "weights"} of the
+    best one, None before the first.
+    """
+
+    def __init__(self, folder, config, args, **parts):
+        """config: what best.pt holds beside the weights, "task", "model" and "sha256" of the data
+        among it; args: the options; parts: what last.pt saves and `restore` restores, objects with
+        a state_dict, by name: "model" and "average", an AveragedModel, among them.
+        """
+        self.folder = folder
+        self.config = config
+        self.args = args
+        self.parts = parts
+        self.history = []
+        self.best = None
+        self.epoch_start = time.perf_counter()
+        skipped = ("resume", "out", "device", "data", "model")  # may change; config holds the model
+        options = {name: str(value) for name, value in vars(args).items() if name not in skipped}
+        self.options = {**options, "nproc_per_node": str(world_size())}
+
+    def clear(self):
+        """Remove what an earlier run left in the folder, so that old and new never stand together.
+
+        Raises UserError for a file that cannot be removed.
+        """
+        if not is_first():
+            return
+        try:
+            for name in RESULTS:
+                (self.folder / name).unlink(missing_ok=True)
+            for path in self.folder.glob(".*.part"):  # what a killed run left half-written
+                path.unlink()
+        except OSError as error:
+            raise UserError(
+                f"cannot remove {error.filename}: {error.strerror}; close it"
+            ) from error
+
+    def restore(self):
+        """Go on after the last finished epoch, if there is one.
+
+        Raises UserError if the run in the folder had other options or data.
+        """
+        path = self.folder / "last.pt"
+        if not from_first(path.exists()):
+            return
+        last = from_first(load_checkpoint(path, self.config["task"]) if is_first() else None)
+        changed = [name for name in self.options if self.options[name] != last["options"].get(name)]
+        if changed:
+            option = f"--{changed[0].replace('_', '-')}"
+            raise UserError(f"the run in {self.folder} began with another value of {option}; "
+                            "use the same or leave out --resume")  # fmt: skip
+        if last["config"] != self.config:
+            raise UserError(f"the run in {self.folder} began with other data; "
+                            "use the same or leave out --resume")  # fmt: skip
+        for name, part in self.parts.items():
+            load_weights(part, last["parts"][name], path)
+        self.history = last["history"]
+        self.best = last["best"]
+
+    def epochs(self, limit, patience):
+        """Yield the numbers of the epochs to do, each with random numbers of its own.
+
+        Ends after `limit` epochs, or `patience` epochs (if not 0) without a better score. The
+        generators are seeded from (seed, epoch), so a resumed run repeats the run left alone.
+        """
+        while len(self.history) < limit:
+            epoch = len(self.history) + 1
+            waited = epoch - 1 - self.best["epoch"] if self.best else 0
+            if patience and waited >= patience:
+                print(f"stopped: no better validation score for {waited} epochs (--patience)")
+                return
+            torch.manual_seed(self.args.seed * 1_000_003 + epoch)
+            self.epoch_start = time.perf_counter()
+            yield epoch
+
+    def progress(self, batches):
+        """Yield this process's share of a list of batches, under a progress bar.
+
+        Raises UserError if there are fewer batches than processes.
+        """
+        epoch = len(self.history) + 1
+        if len(batches) < world_size():
+            raise UserError("an epoch has no batch; lower --batch-size or the number of processes")
+        if world_size() > 1:  # each takes every world-th batch, and draws random numbers of its own
+            whole_rounds = len(batches) - len(batches) % world_size()
+            batches = batches[rank() : whole_rounds : world_size()]
+            torch.manual_seed(self.args.seed * 1_000_003 + epoch + 10_007 * rank())
+        is_quiet = None if is_first() else True  # None: quiet if stderr is no terminal
+        title = f"epoch {epoch}/{self.args.epochs}"
+        yield from tqdm(batches, title, unit="step", disable=is_quiet, leave=False)
+
+    def end_epoch(self, scores, score):
+        """Record an epoch's scores, keep the average's weights if they are the best, save, print.
+
+        scores: {name: number}; score: the number that decides, the higher the better.
+        Raises UserError if a number is not finite.
+        """
+        epoch = len(self.history) + 1
+        scores, score = from_first((scores, score))
+        if not all(map(math.isfinite, scores.values())):
+            raise UserError(f"the scores of epoch {epoch} are not finite; try a lower --lr")
+        seconds = time.perf_counter() - self.epoch_start
+        self.history.append({"epoch": epoch, **scores, "seconds": seconds})
+        is_best = self.best is None or score > self.best["score"]
+        if is_best:
+            weights = self.parts["average"].module.state_dict()
+            weights = {name: tensor.cpu().clone() for name, tensor in weights.items()}
+            self.best = {"epoch": epoch, "score": score, "weights": weights}
+        if not is_first():
+            return
+        write_csv(self.folder / "history.csv", pd.DataFrame(self.history))
+        states = {name: part.state_dict() for name, part in self.parts.items()}
+        save_checkpoint(self.folder / "last.pt", {
+            "task": self.config["task"], "config": self.config, "options": self.options,
+            "history": self.history, "best": self.best, "parts": states,
+        })  # fmt: skip
+        numbers = "  ".join(f"{k.replace('_', ' ')} {value:.4f}" for k, value in scores.items())
+        print(f"epoch {epoch:2}  {numbers}  {seconds:.0f} s{'  *' if is_best else ''}", flush=True)
+
+    def save_best(self, **content):
+        """Write best.pt: config, the best epoch's weights, and `content`."""
+        content = {**self.config, **content}
+        content["epoch"] = self.best["epoch"]
+        content["weights"] = self.best["weights"]
+        save_checkpoint(self.folder / "best.pt", content)
+
+    def write_metrics(self, data, split, test, **more):
+        """Write metrics.json; returns its content."""
+        model = self.parts["model"]
+        params = list(model.parameters())
+        seconds = [record["seconds"] for record in self.history]
+        metrics = {
+            "task": self.config["task"],
+            "model": self.config["model"],
+            "seed": self.args.seed,
+            "argv": sys.argv[1:],
+            "device": str(params[0].device),
+            "torch": torch.__version__,
+            "parameters": sum(param.numel() for param in params),
+            "epochs": self.args.epochs,
+            "best_epoch": self.best["epoch"],
+            "seconds_per_epoch": sum(seconds) / len(seconds),
+            "data": data,
+            "split": split,
+            "test": test,
+            **more,
+        }
+        write_json(self.folder / "metrics.json", metrics)
+        return metrics
+
+
+# --- rate and average of the weights ------------------------------------------------------------
+
+
+def rise_and_fall(steps):
+    """The rate's factor at each step, for LambdaLR: it rises in a twelfth of the steps, falls to a
+    twentieth by their end, and stays there; steps 0: the factor is 1.
+    """
+
+    def factor(step):
+        if steps == 0:
+            return 1.0
+        done = (step + 1) / steps
+        return min(12 * done, max(0.05, 1 - done))
+
+    return factor
+
+
+def moving_average(decay):
+    """The moving average of the weights, for `AveragedModel(multi_avg_fn=...)`: an exponential one
+    which at first goes over a tenth of the steps so far, so that short runs have one too.
+    """
+
+    def update(averages, weights, count):
+        share = 1 - min(decay, float(count) / (float(count) + 10))
+        for average, weight in zip(averages, weights, strict=True):
+            average.lerp_(weight, share)
+
+    return update
+
+
+# --- comparison ---------------------------------------------------------------------------------
+
+
+def title_of(cell):
+    """A cell's name in tables and pictures: RNN, GRU, LSTM, Bi-LSTM."""
+    return cell.upper().replace("BI_", "Bi-")
+
+
+def stamp(data):
+    """What titles say behind a name: nothing, or that the data are the sample."""
+    return " (bundled sample)" if data["source"] == "sample" else ""
+
+
+def write_comparison(out, task, content, panels):
+    """Print the table of the structures side by side; write comparison.json and comparison.png.
+
+    content: of the JSON file, "rows" among it, a dict for each line of the table, "model" among it;
+    panels {title: column of history.csv} of the picture.
+    """
+    folder = out / f"{task}_all"
+    write_json(folder / "comparison.json", content)
+    table = pd.DataFrame(content["rows"], dtype=object)
+    table = table.rename(columns=lambda name: name.replace("_", " "))
+    print(table.to_string(index=False, float_format="{:#.4g}".format, na_rep=""))
+    histories = {}
+    for path in sorted(out.glob(f"{task}_*/history.csv")):
+        cell = path.parent.name.removeprefix(f"{task}_")
+        histories[title_of(cell)] = pd.read_csv(path)
+    curves = {}
+    for title, column in panels.items():
+        curves[title] = {label: history[column] for label, history in histories.items()}
+    plots.draw_curves(folder / "comparison.png", curves)
+    print(f"comparison in {folder}: open its pictures")

@@ -1,0 +1,1 @@
+"""Programs beside the lesson: speed beside torch's layers, tables over seeds."""
