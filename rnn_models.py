@@ -82,9 +82,11 @@ def bi_lstm(inputs, state, params, lengths=None):
     half = len(gates) // 2
     h = len(W_hq) // 2
     state_f, state_b = state
-    H, state_f = hidden_states(lstm, inputs, state_f, gates[:half], h)                          # (T, B, h)
-    H_b, state_b = hidden_states(lstm, reverse(inputs, lengths), state_b, gates[half:], h)      # (T, B, h)
-    Y = torch.cat([H, reverse(H_b, lengths)], dim=2) @ W_hq + b_q                               # (T, B, Q)
+    inputs_b = reverse(inputs, lengths)                                         # (T, B, D)
+    H, state_f = hidden_states(lstm, inputs, state_f, gates[:half], h)          # (T, B, h)
+    H_b, state_b = hidden_states(lstm, inputs_b, state_b, gates[half:], h)      # (T, B, h)
+    H_b = reverse(H_b, lengths)
+    Y = torch.cat([H, H_b], dim=2) @ W_hq + b_q                                 # (T, B, Q)
     return Y, (state_f, state_b)
 
 

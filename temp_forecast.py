@@ -2,128 +2,221 @@
 
     python temp_forecast.py                              LSTM on jena_climate_2009_2016, hourly
     python temp_forecast.py --model all --features all   all four, from all columns
+    python temp_forecast.py --preset lab                 the network alone, as the lab builds it
     python temp_forecast.py --checkpoint runs/temp_lstm/best.pt --predict recent.csv
 
+A ridge regression forecasts from the known five days, and the network corrects it by its last
+state: Y = f W + H_T W_hq + b_q. Both see and forecast anomalies, differences from the climatology.
 The last fifth of the first six years (--train-years) validates, the rest of them trains. What
 follows tests, in separate 7-day segments, 5 days in and 2 out, and from every midnight. Errors are
-absolute, in degC. All models see and forecast anomalies: differences from the climatology, a smooth
-yearly and daily cycle fitted to the six years. The network corrects a small ridge regression; the
-forecast is a weighted mean of this and of a large one.
+absolute, in degC.
 """
 
 import contextlib
+import math
 import sys
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pandas as pd
-import plots
 import torch
-import training
-from datasets import UserError
-from training import CELL_OF, NAMES, Run, number
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
 
+import support.run as runs
 from metrics import mean_error, median_error, rmse
-from rnn_models import Forecaster
+from rnn_models import CELLS, Recurrence, grad_clipping, num_directions, pool_states
+from support import datasets, options, plots
+from support.files import UserError, write_csv
 
-TARGET = "T (degC)"
+KNOWN_DAYS = 5
+HORIZON_DAYS = 2
+STEPS_A_DAY = {"h": 24, "D": 1}
 STAMP = "%d.%m.%Y %H:%M:%S"
-STEPS_A_DAY = {"h": 24, "10min": 144, "D": 1}
-CALENDAR = 4  # features: sine and cosine of the year and of the day
-SOME_WINDOWS = 2000  # for the curves' training error, and to choose the ridges' penalties
-PENALTIES = 10.0 ** np.arange(-1, 6)  # that ridge regression tries
-FACTORS = (1, 10, 100, 1000, 1e9)  # of the penalty, for products with season and hour; 1e9: none
-SHARES = (1, 0.75, 0.5, 0.25)  # of the network in the forecast; the rest is the large ridge's
+PENALTIES = 10.0 ** np.arange(-1, 6)  # that the ridge regression tries
 BAND = (0.1, 0.9)  # quantiles of the validation errors: the 80 % band
-PARTS = ("segments", "daily_origins")  # of the test years
-# Chosen on validation rows of the hourly Jena series.
-DEFAULTS = {
-    "model": "lstm", "epochs": 6, "patience": 3, "batch_size": 128, "hidden": 64, "dropout": 0.3,
-    "lr": 2e-3, "descent": 660, "weight_decay": 1e-4, "average": 0.99,
-}  # fmt: skip
+CURVE_WINDOWS = 2000  # training windows on which the curves' training error is measured
+PRESETS = {"lab": {  # the plain setting of the lab
+    "base": "mean", "epochs": 20, "patience": 0, "lr": 1e-3, "fall_steps": 0, "average": 0.0,
+    "dropout": 0.0,
+}}  # fmt: skip
+
+
+# --- options ------------------------------------------------------------------------------------
 
 
 def parse_args(arguments=None):
-    """The command line as a namespace."""
-    parser = training.make_parser(__doc__, **DEFAULTS)
+    """The command line as a namespace. The defaults were chosen on validation rows."""
+    parser = options.make_parser(__doc__, CELLS)
     add = parser.add_argument
-    days = number(int, 1, 60)
-    add("--freq", choices=STEPS_A_DAY, default="h", help="step: mean of an hour, 10 minutes, a day")
-    add("--history-days", type=days, default=5, help="days that are known")
-    add("--horizon-days", type=days, default=2, help="days that are forecast")
-    add("--train-years", type=number(int, 1, 200), default=6, help="years that train and validate")
-    add("--features", choices=["T", "all"], default="T", help="temperature, or all numeric columns")
-    add("--predict", metavar="FILE", type=Path, help="forecast the days after the last in this CSV")
-    return training.parse(parser, arguments)
+    count = options.count
+    count_or_0 = options.count_or_0
+    share = options.share
+    positive = options.positive
+    add("--preset", choices=PRESETS, help="the lab's plain setting; options beside it win")
+    add("--date-column", default="Date Time", help="the file's column of dates")
+    add("--target", default="T (degC)", help="the file's column to forecast")
+    add("--freq", choices=STEPS_A_DAY, default="h", help=STEP_HELP)
+    add("--features", choices=["T", "all"], default="T", help="the target, or all columns")
+    add("--train-years", type=count, default=6, help="years that train and validate")
+    add("--base", choices=["linear", "mean"], default="linear", help=BASE_HELP)
+    add("--hidden", type=count, default=64, help="hidden units h of one direction")
+    add("--dropout", type=share, default=0.3, help="share of the last state set to zero")
+    add("--epochs", type=count, default=6, help="passes over the training windows at most")
+    add("--patience", type=count_or_0, default=3, help=options.PATIENCE_HELP)
+    add("--batch-size", type=count, default=128, help="windows in one step")
+    add("--lr", type=positive, default=2e-3, help="learning rate of AdamW")
+    add("--fall-steps", type=count_or_0, default=660, help=options.FALL_HELP)
+    add("--weight-decay", type=positive, default=1e-4, help="weight decay of AdamW")
+    add("--clip", type=positive, default=1.0, help="largest norm of the gradient")
+    add("--average", type=share, default=0.99, help="decay of the weights' moving average")
+    add("--checkpoint", type=Path, help="the best.pt of an earlier run, for --predict")
+    add("--predict", metavar="FILE", type=Path, help="forecast the days after the last in a CSV")
+    return options.parse(parser, arguments, PRESETS)
+
+
+STEP_HELP = "an hour or a day; of several rows in a step the first one counts"
+BASE_HELP = "what the network corrects: a ridge regression, or just the training mean"
 
 
 # --- the series ---------------------------------------------------------------------------------
 
 
-def read_series(frame, path, freq):
-    """A DataFrame's numeric columns as means of steps of `freq`, cleaned and indexed by time.
+def read_series(frame, path, freq, date_column, target):
+    """A DataFrame's columns in steps of `freq`, indexed by time, the target first.
 
-    Repeated stamps are averaged; -9999, impossible values and texts count as missing, and so does
-    a step with less than three quarters of its rows; gaps of up to three hours are interpolated, in
-    the test part too; directions in degrees become sine and cosine. One line reports it all.
-    Raises UserError for a missing column, an unreadable date, and too few temperatures.
+    Of several rows in a step the first one counts. -9999 and what is no number are missing.
+    Raises UserError for a missing column, an unreadable date, and too few values of the target.
     """
-    datasets.check_columns(frame, ("Date Time", TARGET), path)
-    stamps = read_stamps(frame["Date Time"], path)
-    raw = frame.drop(columns="Date Time")
+    datasets.check_columns(frame, [date_column, target], path)
+    raw = frame.drop(columns=date_column)
+    raw.insert(0, target, raw.pop(target))
     values = raw.apply(pd.to_numeric, errors="coerce").astype(float)
-    not_numbers = (values.isna() & raw.notna()).sum()
-    impossible = (values <= -999) | np.isinf(values)
-    impossible[TARGET] |= values[TARGET].lt(-90) | values[TARGET].gt(60)
-    values = values.mask(impossible)
-    for name in [name for name in values if name.endswith("(deg)")]:
-        angle = np.deg2rad(values.pop(name))
-        values[f"{name} sine"], values[f"{name} cosine"] = np.sin(angle), np.cos(angle)
-    values = values.groupby(stamps).mean()  # sorts
-    bins, width = values.resample(freq), pd.Timedelta(days=1) / STEPS_A_DAY[freq]
-    expected = width / values.index.to_series().diff().median()  # rows in a step
-    series = bins.mean().where(bins.count() >= 0.75 * np.fmax(expected, 1))
-    missing = series[TARGET].isna()
-    series = series.apply(fill_short_gaps, longest=3 * STEPS_A_DAY[freq] // 24)
-    filled, (first, last) = missing & series[TARGET].notna(), series.index[[0, -1]]
-    texts = [f"{count} in {name}" for name, count in not_numbers.items() if count]
-    print(
-        f"{path}: {len(frame)} rows, {first:%Y-%m-%d %H:%M} to {last:%Y-%m-%d %H:%M}; "
-        f"{len(frame) - len(values)} repeated stamps averaged; {impossible.to_numpy().sum()} "
-        f"impossible values; texts: {', '.join(texts) or 0}; {len(series)} steps, {filled.sum()} "
-        f"of {missing.sum()} missing ones interpolated"
-    )
-    if missing.mean() > 0.5:
-        raise UserError(f"{path}: over half of the steps have no temperature; does --freq fit?")
+    values = values.mask((values <= -999) | np.isinf(values))
+    values.index = read_stamps(frame[date_column], path)
+    series = values.sort_index(kind="stable").resample(freq).first()
+    is_missing = series[target].isna()
+    print(f"{path}: {len(frame)} rows, {series.index[0]} to {series.index[-1]}; {len(series)} "
+          f"steps, {is_missing.sum()} without {target}")  # fmt: skip
+    if is_missing.mean() > 0.5:
+        is_text = values[target].isna().to_numpy() & raw[target].notna().to_numpy()
+        reason = "does --freq fit?"
+        if is_text.any():
+            row = is_text.argmax()
+            reason = f"{raw[target].iloc[row]!r} in row {row + 1} is no temperature"
+        raise UserError(f"{path}: over half of the steps have no {target}; {reason}")
     return series
 
 
 def read_stamps(column, path):
-    """The column "Date Time" as a DatetimeIndex; UserError names a row that cannot be right."""
-    stamps = pd.to_datetime(column, format=STAMP, errors="coerce")
-    far = (stamps - stamps.median()).abs() > pd.Timedelta(days=200 * 365.25)
-    for row in np.flatnonzero(stamps.isna() | far):
+    """Dates as a DatetimeIndex: 31.12.2009 23:50[:00] or 2009-12-31 23:50[:00], with "T" too.
+
+    Raises UserError for a date that cannot be right; it names the first one.
+    """
+    texts = column.astype(str).str.strip()
+    stamps = pd.to_datetime(texts, format="ISO8601", errors="coerce")
+    for german_format in (STAMP, "%d.%m.%Y %H:%M"):
+        stamps = stamps.fillna(pd.to_datetime(texts, format=german_format, errors="coerce"))
+    is_far = (stamps - stamps.median()).abs() > pd.Timedelta(days=200 * 365.25)
+    is_wrong = (stamps.isna() | is_far).to_numpy()
+    if is_wrong.any():
+        row = is_wrong.argmax()
         raise UserError(f"{path}: row {row + 1} has the date '{column.iloc[row]}', unreadable or "
                         "centuries from the others; write 31.12.2009 23:50:00")  # fmt: skip
     return pd.DatetimeIndex(stamps)
 
 
-def fill_short_gaps(column, longest):
-    """A column with gaps of at most `longest` steps interpolated, longer ones left as they are."""
-    gap = column.isna()
-    length = gap.groupby((gap != gap.shift()).cumsum()).transform("sum")
-    return column.interpolate(limit_area="inside").where(~gap | (length <= longest))
+@dataclass
+class Weather:
+    """A series of steps, and the windows of each part."""
+
+    index: pd.DatetimeIndex
+    columns: list[str]  # C names, the target first
+    values: np.ndarray  # (N, C)
+    steps_a_day: int
+    train_end: int = 0  # where the training steps end
+    starts: dict[str, np.ndarray] | None = None  # of each part's windows
+
+    @property
+    def horizon(self):
+        """Steps to forecast."""
+        return HORIZON_DAYS * self.steps_a_day
+
+    def past(self, starts):
+        """The known steps (n, known) of windows that begin at starts (n,)."""
+        return starts[:, None] + np.arange(KNOWN_DAYS * self.steps_a_day)
+
+    def future(self, starts):
+        """The steps to forecast (n, horizon) of windows that begin at starts (n,)."""
+        return starts[:, None] + KNOWN_DAYS * self.steps_a_day + np.arange(self.horizon)
+
+    def truth(self, starts):
+        """The true target (n, horizon) of windows that begin at starts (n,), degC."""
+        return self.values[self.future(starts), 0]
+
+
+def prepare(args, series, path):
+    """The `Weather` of a series. Raises UserError if it is too short.
+
+    --features all takes the columns that have at least half of their training values.
+    """
+    index = series.index
+    steps_a_day = STEPS_A_DAY[args.freq]
+    length = (KNOWN_DAYS + HORIZON_DAYS) * steps_a_day
+    split = int((index < index[0] + pd.DateOffset(years=args.train_years)).sum())
+    train_end = split * 4 // 5
+    is_midnight = index == index.normalize()
+    first_test = split + int(is_midnight[split:].argmax()) if split < len(index) else split
+    columns = series.columns[:1]
+    if args.features == "all":
+        columns = series[:train_end].dropna(axis=1, thresh=train_end // 2).columns
+    values = series[columns].to_numpy()  # (N, C)
+
+    parts = {  # first step, end, steps from window to window
+        "train": (0, train_end, 1),
+        "validation": (train_end, split, 1),
+        "segments": (first_test, len(index), length),
+        "daily_origins": (first_test, len(index), steps_a_day),
+        "every_step": (first_test, len(index), 1),
+    }
+    is_complete = np.isfinite(values).all(axis=1)
+    starts = {}
+    for part, (first, end, step) in parts.items():
+        starts[part], left_out = window_starts(is_complete, first, end, length, step)
+        print(f"{part}: {len(starts[part])} windows, {left_out} with missing values left out")
+        if len(starts[part]) < 5:
+            raise UserError(f"{path} is too short: {len(starts[part])} whole windows for {part}, 5 "
+                            "are needed; lower --train-years or name a longer one")  # fmt: skip
+    return Weather(index, list(columns), values, steps_a_day, train_end, starts)
+
+
+def window_starts(is_complete, first, end, length, step):
+    """First steps of windows of `length` steps within first..end-1, `step` apart.
+
+    is_complete: (N,) whether a step has all its values. Returns the starts of windows without a
+    missing value, and how many were left out.
+    """
+    starts = np.arange(first, end - length + 1, step)
+    missing_before = np.concatenate([[0], np.cumsum(~is_complete)])
+    is_usable = missing_before[starts + length] == missing_before[starts]
+    return starts[is_usable], int((~is_usable).sum())
+
+
+# --- what a model sees --------------------------------------------------------------------------
 
 
 def calendar(index):
     """Season and hour as (N, 4) features: sine and cosine of the year and of the day."""
-    hour = index.hour.to_numpy() + index.minute.to_numpy() / 60
-    year = 2 * np.pi * (index.day_of_year.to_numpy() - 1 + hour / 24) / 365.25
+    hour = index.hour.to_numpy()
+    day_of_year = index.day_of_year.to_numpy() - 1 + hour / 24
+    year = 2 * np.pi * day_of_year / 365.25
     day = 2 * np.pi * hour / 24
-    return np.stack([np.sin(year), np.cos(year), np.sin(day), np.cos(day)], axis=1)
+    waves = [np.sin(year), np.cos(year), np.sin(day), np.cos(day)]
+    return np.stack(waves, axis=1)
 
 
 def harmonics(index):
@@ -131,360 +224,436 @@ def harmonics(index):
     change with the season. On daily steps these repeat the others; the least squares allow it."""
     sin_y, cos_y, sin_d, cos_d = calendar(index).T
     # 2 sin cos and cos^2 - sin^2 are the sine and cosine of the doubled angle.
-    terms = [np.ones(len(index)), sin_y, cos_y, 2 * sin_y * cos_y, cos_y**2 - sin_y**2]
-    for wave in (sin_d, cos_d, 2 * sin_d * cos_d, cos_d**2 - sin_d**2):
+    sin_2y = 2 * sin_y * cos_y
+    cos_2y = cos_y**2 - sin_y**2
+    sin_2d = 2 * sin_d * cos_d
+    cos_2d = cos_d**2 - sin_d**2
+    terms = [np.ones(len(index)), sin_y, cos_y, sin_2y, cos_2y]
+    for wave in (sin_d, cos_d, sin_2d, cos_2d):
         terms += [wave, wave * sin_y, wave * cos_y]
     return np.stack(terms, axis=1)
 
 
-def fit_climatology(design, values):
-    """Least-squares coefficients (K, C) of values (N, C) on the design (N, K); NaN is left out."""
-    pairs = zip(values.T, np.isfinite(values).T, strict=True)
-    fits = [np.linalg.lstsq(design[own], column[own], rcond=None)[0] for column, own in pairs]
-    return np.stack(fits, axis=1)
+@dataclass
+class View:
+    """How a model sees values: as scaled differences from what is expected at their time.
 
-
-def window_starts(complete, first, last, length, step):
-    """First steps of windows of `length` steps within first..last-1, `step` apart, whole ones only.
-
-    complete: (N,) whether a step has all its values. Returns (starts, how many were left out).
+    base "linear": from the climatology, with the calendar beside them; base "mean": from the mean
+    of the training steps, so that the inputs are the standardised values alone.
     """
-    starts = np.arange(first, last - length + 1, step)
-    missing_before = np.concatenate([[0], np.cumsum(~complete)])
-    whole = missing_before[starts + length] == missing_before[starts]
-    return starts[whole], int((~whole).sum())
+
+    base: str
+    coefficients: np.ndarray  # (K, C), of the expected values
+    scale: np.ndarray  # (C,), standard deviations of the differences
+
+    def expected(self, index):
+        """What is expected of all columns at the times of an index, (N, C)."""
+        return design(self.base, index) @ self.coefficients
+
+    def inputs(self, weather):
+        """Inputs (N, D) of a model; D is C + 4 with the calendar."""
+        scaled = (weather.values - self.expected(weather.index)) / self.scale
+        if self.base == "mean":
+            return scaled
+        return np.concatenate([scaled, calendar(weather.index)], axis=1)
+
+
+def design(base, index):
+    """Regressors (N, K) of what is expected: the climatology's, or a 1."""
+    return harmonics(index) if base == "linear" else np.ones((len(index), 1))
+
+
+def fit_view(base, weather):
+    """A view whose expected values and scale are fitted to the training steps by least squares."""
+    values = weather.values[: weather.train_end]  # (N, C), NaN where missing
+    X = design(base, weather.index[: weather.train_end])
+    columns = []
+    for column in values.T:
+        is_known = np.isfinite(column)
+        solution = np.linalg.lstsq(X[is_known], column[is_known], rcond=None)
+        columns.append(solution[0])
+    coefficients = np.stack(columns, axis=1)
+    scale = np.nanstd(values - X @ coefficients, axis=0)
+    is_constant = scale < 1e-6 * np.nanmax(np.abs(values), axis=0)
+    scale[is_constant | (scale == 0)] = 1.0
+    return View(base, coefficients, scale)
+
+
+# --- the linear forecast ------------------------------------------------------------------------
+
+
+def linear_features(windows, steps_a_day):
+    """(n, F) features of the ridge regression from the known steps (n, known, C + 4) of the inputs.
+
+    v: every step of the target, of all columns the daily means and the steps of the last day, and
+    a 1; then v times sine and cosine of the year and of the day at the last known step, so that
+    the weights change with season and hour.
+    """
+    n, _, D = windows.shape
+    C = D - 4
+    anomalies = windows[:, :, :C]
+    target = anomalies[:, :, 0]
+    days = anomalies.reshape(n, KNOWN_DAYS, steps_a_day, C)
+    daily_means = days.mean(axis=2).reshape(n, -1)
+    last_day = days[:, -1].reshape(n, -1)
+    ones = np.ones((n, 1))
+    v = np.concatenate([target, daily_means, last_day, ones], axis=1)
+    blocks = [v]
+    for wave in windows[:, -1, C:].T:  # (n,) each: sin_y, cos_y, sin_d, cos_d
+        blocks.append(v * wave[:, None])
+    return np.concatenate(blocks, axis=1)
+
+
+def feature_parts(weather, view, starts):
+    """Yield starts (n,) in parts with their `linear_features`, to save memory."""
+    inputs = view.inputs(weather)
+    for part in np.array_split(starts, len(starts) // 4096 + 1):
+        yield part, linear_features(inputs[weather.past(part)], weather.steps_a_day)
+
+
+def base_forecast(weather, view, W, starts):
+    """What the network corrects (n, horizon), degC: what is expected, and with weights W
+    (F, horizon) the linear forecast of the scaled anomalies.
+    """
+    expected = view.expected(weather.index)[weather.future(starts), 0]
+    if W is None:
+        return expected
+    anomalies = [X @ W for _, X in feature_parts(weather, view, starts)]
+    return expected + view.scale[0] * np.concatenate(anomalies)
 
 
 @dataclass
-class Weather:
-    """A series as the network sees it, and the windows of each part."""
+class Base:
+    """What the network corrects: a view, and the weights of the linear forecast in it, None for
+    the network alone."""
 
-    index: pd.DatetimeIndex
-    columns: list[str]
-    steps_a_day: int
-    known: int  # steps
-    horizon: int
-    truth: np.ndarray  # (N,), degC
-    coefficients: np.ndarray  # (K, C), of the climatology
-    climatology: np.ndarray  # (N,), degC
-    scale: np.ndarray  # (C,), standard deviations of the anomalies
-    inputs: np.ndarray  # (N, C + 4) float32: scaled anomalies, the temperature's first; calendar
-    starts: dict[str, np.ndarray]  # "train", "validation", "segments", "daily_origins"
-
-    def past(self, starts):
-        """The known steps (n, known) of windows that begin at starts (n,)."""
-        return np.asarray(starts)[:, None] + np.arange(self.known)
-
-    def future(self, starts):
-        """The steps to forecast (n, horizon) of windows that begin at starts (n,)."""
-        return np.asarray(starts)[:, None] + np.arange(self.known, self.known + self.horizon)
-
-    def targets(self, starts):
-        """Scaled anomalies of the temperature (n, horizon) to forecast from starts (n,)."""
-        return self.inputs[self.future(starts), 0].astype(float)
-
-    def linear_features(self, starts):
-        """`Forecaster.linear_features` (n, F) of windows that begin at starts (n,)."""
-        inputs = torch.from_numpy(self.inputs[self.past(starts)]).transpose(0, 1).double()
-        return torch.cat(Forecaster.linear_features(inputs, self.steps_a_day), dim=1).numpy()
-
-    def linear_forecast(self, starts, W):
-        """Scaled anomalies (n, horizon) by the weights W (F, horizon), from starts (n,)."""
-        return np.concatenate([self.linear_features(own) @ W for own in in_parts(starts)])
+    view: View
+    W_train: np.ndarray | None = None  # fitted to the training windows
+    W_test: np.ndarray | None = None  # fitted to the training and validation windows
 
 
-def in_parts(starts):
-    """Starts (n,) in parts, to save memory: a window has many features."""
-    return np.array_split(starts, len(starts) // 4096 + 1)
+def fit_linear(weather):
+    """Ridge regression on the `linear_features`, with the penalty of least validation error."""
+    view = fit_view("linear", weather)
+    XX, XY = sums_of_products(weather, view, weather.starts["train"])
+    some = weather.starts["validation"][::3]
+    errors = {}
+    for penalty in PENALTIES:
+        W = solve_ridge(XX, XY, penalty)
+        errors[penalty] = mean_error(weather.truth(some), base_forecast(weather, view, W, some))
+    penalty = min(errors, key=errors.get)
+    W_train = solve_ridge(XX, XY, penalty)
+    more_XX, more_XY = sums_of_products(weather, view, weather.starts["validation"])
+    W_test = solve_ridge(XX + more_XX, XY + more_XY, penalty)
+    print(f"linear forecast: {len(W_train)} features, penalty {penalty:g}")
+    return Base(view, W_train, W_test)
 
 
-def prepare(args, series, path):
-    """Climatology, anomalies and windows of a series. Raises UserError if it is too short.
-
-    The climatology is fitted to all training years, those of validation too.
-    """
-    index, steps_a_day = series.index, STEPS_A_DAY[args.freq]
-    known, horizon = args.history_days * steps_a_day, args.horizon_days * steps_a_day
-    split = int((index < index[0] + pd.DateOffset(years=args.train_years)).sum())
-    train_end = split * 4 // 5
-    midnights = np.flatnonzero(index[split:] == index[split:].normalize()) + split
-    first_test = int(midnights[0]) if len(midnights) else len(index)
-    design = harmonics(index)
-    columns = [TARGET]
-    if args.features == "all":
-        usable = series[:train_end].notna().mean() > 0.5
-        columns += [name for name in series if name != TARGET and usable[name]]
-        for name in series.columns.difference(columns):
-            print(f"column {name!r} is left out: half of its training values or more are missing")
-    values = series[columns].to_numpy(float)  # (N, C)
-    complete, length = np.isfinite(values).all(axis=1), known + horizon
-    parts = {
-        "train": window_starts(complete, 0, train_end, length, 1),
-        "validation": window_starts(complete, train_end, split, length, 1),
-        "segments": window_starts(complete, first_test, len(index), length, length),
-        "daily_origins": window_starts(complete, first_test, len(index), length, steps_a_day),
-    }
-    for part, (starts, _) in parts.items():
-        if len(starts) < 5:
-            raise UserError(f"{path} is too short: {len(starts)} whole windows for {part}, 5 are "
-                            "needed; lower --train-years or name a longer series")  # fmt: skip
-    counts = [f"{len(own)} {part.replace('_', ' ')} (-{out})" for part, (own, out) in parts.items()]
-    print(f"windows (minus those with missing values): {', '.join(counts)}")
-    coefficients = fit_climatology(design[:split], values[:split])
-    anomalies = values - design @ coefficients
-    scale = np.nanstd(anomalies[:train_end], axis=0)
-    scale[scale <= 1e-6 * np.nanmax(np.abs(values[:train_end]), axis=0)] = 1.0  # a constant column
-    return Weather(
-        index, columns, steps_a_day, known, horizon, truth=values[:, 0], coefficients=coefficients,
-        climatology=(design @ coefficients)[:, 0], scale=scale,
-        inputs=network_inputs(anomalies, scale, index),
-        starts={part: starts for part, (starts, _) in parts.items()},
-    )  # fmt: skip
+def sums_of_products(weather, view, starts):
+    """X^T X and X^T Y of the windows that begin at starts: enough to solve for every penalty."""
+    anomalies = view.inputs(weather)[:, 0]
+    XX = 0.0
+    XY = 0.0
+    for part, X in feature_parts(weather, view, starts):
+        XX = XX + X.T @ X
+        XY = XY + X.T @ anomalies[weather.future(part)]
+    return XX, XY
 
 
-def network_inputs(anomalies, scale, index):
-    """(N, C + 4) float32: all columns' scaled anomalies (N, C), and the calendar."""
-    return np.concatenate([anomalies / scale, calendar(index)], axis=1).astype(np.float32)
+def solve_ridge(XX, XY, penalty):
+    """The weights of ridge regression, (X^T X + penalty I)^-1 X^T Y."""
+    return np.linalg.solve(XX + penalty * np.eye(len(XX)), XY)
 
 
-# --- linear models ------------------------------------------------------------------------------
+# --- the model ----------------------------------------------------------------------------------
 
 
-def fit_linear_models(weather):
-    """The small ridge regression, on the features of x, which the network corrects (weights 0 for
-    z), and the large one, on all features, which is the linear baseline.
+class Forecaster(nn.Module):
+    """A recurrence that corrects another forecast by its last state, all steps ahead at once:
+    H_T W_hq + b_q."""
 
-    Each has the penalty, and the factor for products with season and hour, of least validation
-    error, and is {"train", "both"}: weights (F, horizon), fitted to the training windows, and to
-    those and the validation windows.
-    """
+    def __init__(self, cell, num_inputs, num_hiddens, horizon, dropout=0.0):
+        """num_inputs: D; num_hiddens: h; horizon: Q steps; dropout: share of the last state set to
+        zero in training. Raises ValueError for an unknown cell.
+        """
+        super().__init__()
+        self.recurrence = Recurrence(cell, num_inputs, num_hiddens, horizon)
+        nn.init.zeros_(self.recurrence.W_hq)  # training starts from the other forecast
+        for name, param in self.recurrence.named_parameters():
+            if name.startswith("b_f"):  # with 1 the LSTM overfits within two epochs
+                nn.init.zeros_(param)
+        self.dropout = nn.Dropout(dropout)
 
-    def moments(starts):  # X^T X and X^T Y are enough to solve for every penalty
-        gram, moment = 0.0, 0.0
-        for own in in_parts(starts):
-            X, Y = weather.linear_features(own), weather.targets(own)
-            gram, moment = gram + X.T @ X, moment + X.T @ Y
-        return gram, moment
-
-    validation = weather.starts["validation"]
-    train_sums, more = moments(weather.starts["train"]), moments(validation)
-    both_sums = [own + new for own, new in zip(train_sums, more, strict=True)]
-    some = validation[:: len(validation) // SOME_WINDOWS + 1]
-    X, Y = weather.linear_features(some), weather.targets(some)
-    inputs = torch.zeros(weather.known, 1, len(weather.columns) + CALENDAR)
-    sizes = [f.shape[1] for f in Forecaster.linear_features(inputs, weather.steps_a_day)]
-
-    def solve(gram, moment, size, penalty, factor):
-        blocks = [1, factor, factor, 1, factor, factor, factor, factor]  # x, x sin_y, ..., z, ...
-        penalties = penalty * np.repeat(blocks, sizes)
-        penalties[sizes[0] - 1] = 1e-9  # the constant is free
-        W = np.zeros_like(moment)
-        W[:size] = np.linalg.solve(gram[:size, :size] + np.diag(penalties[:size]), moment[:size])
-        return W
-
-    def fit(size):
-        choices = product([size], PENALTIES, FACTORS)
-        best = min(choices, key=lambda choice: mean_error(Y, X @ solve(*train_sums, *choice)))
-        return {"train": solve(*train_sums, *best), "both": solve(*both_sums, *best)}
-
-    return fit(sum(sizes[:3])), fit(sum(sizes))
+    def forward(self, inputs):
+        """Corrections (B, Q) from the known steps (T, B, D), which both directions read alone."""
+        T, B, _ = inputs.shape
+        states = self.recurrence(inputs)  # (T, B, h)
+        lengths = torch.full((B,), T, device=inputs.device)
+        is_bidirectional = num_directions(self.recurrence.cell) == 2
+        last = pool_states(states, lengths, "last", is_bidirectional)  # (B, h)
+        return self.recurrence.output(self.dropout(last))
 
 
-def baseline_forecasts(weather, starts, W):
-    """The baselines' forecasts {name: (n, horizon)}, degC, for windows that begin at starts.
-
-    W: the linear baseline's weights, of `fit_linear_models`.
-    """
-    past, future = weather.past(starts), weather.future(starts)
-    climate, days = weather.climatology[future], weather.horizon // weather.steps_a_day
-    return {
-        "persistence": np.repeat(weather.truth[past[:, -1:]], weather.horizon, axis=1),
-        "seasonal_naive": np.tile(weather.truth[past[:, -weather.steps_a_day :]], days),
-        "climatology": climate,
-        "linear": climate + weather.scale[0] * weather.linear_forecast(starts, W),
-    }
+def build_model(config):
+    """The untrained forecaster of a checkpoint's config."""
+    sizes = config["sizes"]
+    return Forecaster(config["model"], **sizes)
 
 
-# --- training and testing -----------------------------------------------------------------------
-
-
-def build_model(options):
-    """The untrained forecaster of a checkpoint's options."""
-    return Forecaster(
-        CELL_OF[options["model"]], len(options["columns"]) + CALENDAR, options["hidden"],
-        options["known"], options["horizon"], STEPS_A_DAY[options["freq"]],
-        options["dropout"], options["loops"],
-    )  # fmt: skip
+def forecast(model, weather, view, W, starts):
+    """The forecast (n, horizon), degC, of base and network for windows that begin at starts."""
+    base = base_forecast(weather, view, W, starts)
+    return base + view.scale[0] * corrections(model, view.inputs(weather), weather.past(starts))
 
 
 @torch.no_grad()
-def forecast(model, inputs, past):
-    """Scaled anomalies (n, horizon) from inputs (N, D) and the known steps (n, known), arrays."""
-    model.eval()
-    inputs = torch.from_numpy(inputs).to(model.share.device)
-    parts = [model(inputs[rows.t()]) for rows in torch.from_numpy(past).split(512)]
-    return torch.cat(parts).cpu().numpy()
+def corrections(model, inputs, past):
+    """What the network adds (n, horizon), in units of the view's scale.
 
-
-def train(args, name, weather, data, W_xq, device):
-    """Train one structure; returns its run, whose model has the best epoch's weights."""
-    options = {key: getattr(args, key) for key in ("freq", "hidden", "dropout", "loops")}
-    options |= {key: getattr(weather, key) for key in ("known", "horizon", "columns")}
-    config = {
-        "task": "temp", "options": {"model": name, **options}, "sha256": data["sha256"],
-        "climatology": weather.coefficients.tolist(), "scale": weather.scale.tolist(),
-    }  # fmt: skip
-    torch.manual_seed(args.seed)
-    model = build_model(config["options"])
-    model.W_xq.copy_(torch.from_numpy(W_xq))
-    run = Run(args, args.out / f"temp_{name}", config, model.to(device))
-    inputs, scale = torch.from_numpy(weather.inputs).to(device), float(weather.scale[0])
-    starts = torch.from_numpy(weather.starts["train"])
-    stride = min(max(1, weather.steps_a_day // 8), len(starts))  # three hours, or a day
-
-    def error(starts):
-        guess = forecast(run.averaged.module, weather.inputs, weather.past(starts))
-        return mean_error(weather.targets(starts), guess) * scale
-
-    for _ in run.epochs():
-        model.train()
-        own = starts[int(torch.randint(stride, ())) :: stride]  # other hours in every epoch
-        for batch in run.progress(own[torch.randperm(len(own))].split(args.batch_size)):
-            X = inputs[torch.from_numpy(weather.past(batch)).t()]  # (known, B, D)
-            Y = inputs[torch.from_numpy(weather.future(batch)), 0]  # (B, horizon)
-            run.step((model(X) - Y).abs().mean() * scale)
-        scores = None
-        if training.is_first():
-            scores = {"train_mean_error": error(starts[:: len(starts) // SOME_WINDOWS + 1]),
-                      "validation_mean_error": error(weather.starts["validation"])}  # fmt: skip
-        run.finish_epoch(scores, monitor="validation_mean_error", mode="min")
-    run.load_best()
-    return run
-
-
-def finish(run, weather, small, large):
-    """Choose the network's share on validation rows, with the ridges that were fitted without them;
-    then take the ridges that were fitted with them, and save the model with its band.
-
-    Returns share and band (2, horizon): quantiles of the mixture's validation errors, degC.
+    inputs: (N, D); past: the known steps (n, known) of each window, rows of inputs.
     """
-    model, starts = run.model, weather.starts["validation"]
-    model.share.fill_(1.0)
-    model.W_xq.copy_(torch.from_numpy(small["train"]))
-    network = forecast(model, weather.inputs, weather.past(starts))
-    ridge, truth = weather.linear_forecast(starts, large["train"]), weather.targets(starts)
-
-    def mixture(share):
-        return share * network + (1 - share) * ridge
-
-    share = min(SHARES, key=lambda share: mean_error(truth, mixture(share)))
-    band = np.quantile((truth - mixture(share)) * weather.scale[0], BAND, axis=0)
-    model.share.fill_(share)
-    model.W_xq.copy_(torch.from_numpy(share * small["both"] + (1 - share) * large["both"]))
-    run.save_best(model, band=band.tolist())
-    return share, band
+    model.eval()
+    device = model.recurrence.W_hq.device
+    inputs = torch.from_numpy(inputs).float().to(device)
+    parts = []
+    for steps in torch.from_numpy(past).split(512):
+        X = inputs[steps.T.to(device)]  # (known, B, D)
+        parts.append(model(X).cpu())
+    return torch.cat(parts).numpy()
 
 
-def test(run, weather, data, small, large):
+# --- training -----------------------------------------------------------------------------------
+
+
+def make_config(args, cell, weather, base, data):
+    """What best.pt holds beside the weights, the band and the linear forecast."""
+    sizes = {"num_hiddens": args.hidden, "horizon": weather.horizon, "dropout": args.dropout}
+    sizes["num_inputs"] = base.view.inputs(weather).shape[1]
+    config = {"task": "temp", "model": cell, "sizes": sizes, "sha256": data["sha256"]}
+    config["freq"] = args.freq
+    config["date_column"] = args.date_column
+    config["columns"] = weather.columns
+    config["base"] = base.view.base
+    config["coefficients"] = base.view.coefficients.tolist()
+    config["scale"] = base.view.scale.tolist()
+    return config
+
+
+def train(args, config, weather, base, device):
+    """Train one structure; returns its run, and the model with the best epoch's weights."""
+    starts = weather.starts["train"]
+    unit = float(base.view.scale[0])  # degC
+    corrected = base_forecast(weather, base.view, base.W_train, starts)
+    residuals = (weather.truth(starts) - corrected) / unit
+    residuals = torch.from_numpy(residuals).float().to(device)  # (n, horizon)
+    inputs = torch.from_numpy(base.view.inputs(weather)).float().to(device)  # (N, D)
+    past = torch.from_numpy(weather.past(starts))  # (n, known)
+    stride = min(3, weather.steps_a_day)  # three hours, or a day
+    num_steps = args.epochs * math.ceil(len(starts) / stride / args.batch_size / runs.world_size())
+
+    torch.manual_seed(args.seed)
+    model = build_model(config).to(device)
+    optimizer = AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=True)
+    schedule = LambdaLR(optimizer, runs.rise_and_fall(min(args.fall_steps, num_steps)))
+    # The moving average of the weights is what is validated, tested and saved.
+    average = AveragedModel(model, multi_avg_fn=runs.moving_average(args.average))
+    parallel_model = DistributedDataParallel(model) if runs.world_size() > 1 else model
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "average": average}
+    run = runs.start(args, config, parts)
+
+    for epoch in run.epochs(args.epochs, args.patience):
+        model.train()
+        # A window every three hours, in each epoch other ones.
+        windows = torch.arange(int(torch.randint(stride, ())), len(starts), stride)
+        shuffled = windows[torch.randperm(len(windows))]
+        for rows in run.progress(shuffled.split(args.batch_size)):
+            X = inputs[past[rows].T.to(device)]  # (known, B, D)
+            Y = residuals[rows.to(device)]  # (B, horizon)
+            loss = (parallel_model(X) - Y).abs().mean() * unit
+            optimizer.zero_grad()
+            loss.backward()
+            grad_clipping(model.parameters(), args.clip)
+            optimizer.step()
+            schedule.step()
+            average.update_parameters(model)
+        runs.check_finite(model, epoch)
+        scores = validate(average.module, weather, base)
+        run.end_epoch(scores, score=-scores["validation_mean_error"])
+
+    model.load_state_dict(run.best["weights"])
+    return run, model
+
+
+def validate(model, weather, base):
+    """Mean errors, degC, on some training windows and on the validation windows."""
+    train_starts = weather.starts["train"]
+    some = train_starts[:: len(train_starts) // CURVE_WINDOWS + 1]
+    scores = {}
+    for part, starts in {"train": some, "validation": weather.starts["validation"]}.items():
+        guess = forecast(model, weather, base.view, base.W_train, starts)
+        scores[f"{part}_mean_error"] = mean_error(weather.truth(starts), guess)
+    return scores
+
+
+# --- the test -----------------------------------------------------------------------------------
+
+
+def test(run, model, weather, base, linear, data):
     """Test a trained structure, write its results; returns the content of metrics.json."""
-    share, band = finish(run, weather, small, large)
-    forecasts, entries = {}, {}
-    for part in PARTS:
+    validation = weather.starts["validation"]
+    guess = forecast(model, weather, base.view, base.W_train, validation)
+    band = np.quantile(weather.truth(validation) - guess, BAND, axis=0)  # (2, horizon), degC
+    W = None if base.W_test is None else torch.from_numpy(base.W_test)
+    run.save_best(band=band.tolist(), W=W)
+
+    forecasts = {}
+    for part in ("segments", "daily_origins", "every_step"):
         starts = weather.starts[part]
-        future = weather.future(starts)
-        anomalies = forecast(run.model, weather.inputs, weather.past(starts)) * weather.scale[0]
-        forecasts[part] = {"model": weather.climatology[future] + anomalies}
-        forecasts[part] |= baseline_forecasts(weather, starts, large["both"])
-        entries[part] = test_errors(weather.truth[future], forecasts[part], band)
+        forecasts[part] = {"model": forecast(model, weather, base.view, base.W_test, starts)}
+        forecasts[part].update(baseline_forecasts(weather, linear, starts))
+    entries = {}
+    for part in ("segments", "daily_origins"):
+        entries[part] = test_errors(weather.truth(weather.starts[part]), forecasts[part], band)
+    truth = weather.truth(weather.starts["every_step"])
+    a_day = weather.steps_a_day - 1  # the index of the step 24 hours ahead
+    lead_24h = {"windows": len(truth)}
+    for name, values in forecasts["every_step"].items():
+        lead_24h[name] = mean_error(truth[:, a_day], values[:, a_day])
     split = {part: len(weather.starts[part]) for part in ("train", "validation")}
     split["test"] = len(weather.starts["daily_origins"])  # the segments are among them
-    metrics = run.write_metrics(data, split, entries)
+    metrics = run.write_metrics(data, split, entries, lead_24h=lead_24h)
     write_predictions(run.folder / "predictions.csv", weather, forecasts["segments"]["model"], band)
-    title = f"{NAMES[run.name]}{training.stamp(data)}"
-    print(f"\n{title}, test, epoch {run.best['epoch']}, {share:.0%} network and {1 - share:.0%} "
-          "ridge: absolute errors, degC")  # fmt: skip
+
+    title = model_title(metrics["model"], base.view.base)
+    print(f"\nabsolute errors, degC, on the test years{runs.stamp(data)}, epoch "
+          f"{metrics['best_epoch']}")  # fmt: skip
+    table = pd.DataFrame.from_dict(error_rows(title, entries), orient="index")
+    print(table.to_string(float_format="{:.3f}".format))
     for part, entry in entries.items():
-        frame = pd.DataFrame.from_dict({"model": entry} | entry["baselines"], orient="index")
-        table = frame[["mean_error", "median_error"]].to_string(float_format="{:.3f}".format)
-        print(f"\n{part.replace('_', ' ')}, {entry['windows']} windows\n{table}")
-        print(f"the 80 % band holds {entry['coverage_80']:.1%} of the true values")
-    print()
-    draw(run, weather, forecasts, band, title)
+        print(f"{part}: {entry['windows']} windows, {entry['coverage_80']:.1%} in the 80 % band")
+    print(f"24 hours ahead, from every step: mean error {lead_24h['model']:.3f}, linear "
+          f"{lead_24h['linear']:.3f}\n")  # fmt: skip
+    draw(run, weather, forecasts, band, f"{title}{runs.stamp(data)}")
     print(f"results in {run.folder}: open forecasts.png and lead_time.png; forecast with")
     print(f'  python temp_forecast.py --checkpoint "{run.folder}/best.pt" --predict recent.csv')
     return metrics
 
 
+def baseline_forecasts(weather, linear, starts):
+    """The baselines' forecasts {name: (n, horizon)}, degC, for windows that begin at starts."""
+    known = weather.values[weather.past(starts), 0]  # (n, known)
+    last_step = known[:, -1:]
+    last_day = known[:, -weather.steps_a_day :]
+    forecasts = {}
+    forecasts["persistence"] = np.repeat(last_step, weather.horizon, axis=1)
+    forecasts["seasonal_naive"] = np.tile(last_day, HORIZON_DAYS)
+    forecasts["climatology"] = base_forecast(weather, linear.view, None, starts)
+    forecasts["linear"] = base_forecast(weather, linear.view, linear.W_test, starts)
+    return forecasts
+
+
 def test_errors(truth, forecasts, band):
     """The entry of one part in metrics.json: errors, coverage of the band, baselines."""
-    model = forecasts["model"]
-    inside = (truth >= model + band[0]) & (truth <= model + band[1])
-    errors = {
-        name: {"mean_error": mean_error(truth, own), "median_error": median_error(truth, own)}
-        for name, own in forecasts.items()
-    }
-    return {
-        "windows": len(truth), **errors.pop("model"), "rmse": rmse(truth, model),
-        "coverage_80": float(inside.mean()), "baselines": errors,
-    }  # fmt: skip
+    errors = {}
+    for name, guess in forecasts.items():
+        mean = mean_error(truth, guess)
+        errors[name] = {"mean_error": mean, "median_error": median_error(truth, guess)}
+    guess = forecasts["model"]
+    is_inside = (truth >= guess + band[0]) & (truth <= guess + band[1])
+    entry = {"windows": len(truth)}
+    entry.update(errors.pop("model"))
+    entry["rmse"] = rmse(truth, guess)
+    entry["coverage_80"] = float(is_inside.mean())
+    entry["baselines"] = errors
+    return entry
 
 
-def write_predictions(path, weather, forecasts, band):
+def model_title(cell, base):
+    """What stands for a model in tables and pictures."""
+    name = runs.title_of(cell)
+    return f"linear + {name}" if base == "linear" else f"{name} alone"
+
+
+def error_rows(title, entries):
+    """The lines of the table: the model, the baselines, and what the network adds to `linear`.
+
+    entries: "test" of metrics.json. Returns {line: {"segments, mean": degC, ...}}.
+    """
+    rows = {}
+    for part, entry in entries.items():
+        for name, errors in {title: entry, **entry["baselines"]}.items():
+            row = rows.setdefault(name.replace("_", " "), {})
+            row[f"{part}, mean"] = errors["mean_error"]
+            row[f"{part}, median"] = errors["median_error"]
+    difference = {}
+    for column, error in rows[title].items():
+        difference[column] = error - rows["linear"][column]
+    rows[f"{title}, minus linear"] = difference
+    return rows
+
+
+def write_predictions(path, weather, guess, band):
     """Write each forecast step of the test segments: stamp, hours ahead, truth, forecast, band."""
-    steps = weather.future(weather.starts["segments"])  # (n, horizon)
-    table = pd.DataFrame({
-        "segment": np.repeat(np.arange(len(steps)) + 1, weather.horizon),
-        "Date Time": weather.index[steps.ravel()].strftime(STAMP),
-        "hours ahead": np.tile(lead_hours(weather), len(steps)),
-        TARGET: weather.truth[steps].ravel(), "forecast (degC)": forecasts.ravel(),
-        "low 10 % (degC)": (forecasts + band[0]).ravel(),
-        "high 90 % (degC)": (forecasts + band[1]).ravel(),
-    })  # fmt: skip
-    training.write_csv(path, table.round(3))
+    starts = weather.starts["segments"]
+    times = weather.index[weather.future(starts).ravel()]
+    table = pd.DataFrame()
+    table["segment"] = np.repeat(np.arange(len(starts)) + 1, weather.horizon)
+    table["Date Time"] = times.strftime(STAMP)
+    table["hours ahead"] = np.tile(lead_hours(weather), len(starts))
+    table[weather.columns[0]] = weather.truth(starts).ravel()
+    table["forecast (degC)"] = guess.ravel()
+    table["low 10 % (degC)"] = (guess + band[0]).ravel()
+    table["high 90 % (degC)"] = (guess + band[1]).ravel()
+    write_csv(path, table.round(3))
 
 
 def lead_hours(weather):
     """Hours from the last known step to each forecast step (horizon,)."""
-    return ((np.arange(weather.horizon) + 1) * 24 / weather.steps_a_day).round(2).tolist()
+    return (np.arange(weather.horizon) + 1) * (24 // weather.steps_a_day)
 
 
-def draw(run, weather, forecasts, band, name):
+def draw(run, weather, forecasts, band, title):
     """Draw the curves, six test segments from the best to the worst, and the error by lead time."""
     history = pd.DataFrame(run.history)
-    curves = {part: history[f"{part}_mean_error"] for part in ("train", "validation")}
-    panels = {f"{name}: mean error without dropout, degC": curves}
-    plots.draw_curves(run.folder / "curves.png", panels)
-    starts, model = weather.starts["segments"], forecasts["segments"]["model"]
-    order = np.abs(weather.truth[weather.future(starts)] - model).mean(axis=1).argsort()
+    curves = {"train": history["train_mean_error"]}
+    curves["validation"] = history["validation_mean_error"]
+    plots.draw_curves(run.folder / "curves.png", {f"{title}: mean error, degC": curves})
+
+    starts = weather.starts["segments"]
+    guess = forecasts["segments"]["model"]
+    errors = np.abs(weather.truth(starts) - guess).mean(axis=1)
+    places = np.linspace(0, len(errors) - 1, num=6).astype(int)
     windows = []
-    for i in order[np.linspace(0, len(order) - 1, min(6, len(order))).round().astype(int)]:
-        steps = slice(starts[i], starts[i] + weather.known + weather.horizon)
-        windows.append((weather.index[steps], weather.truth[steps], model[i]))
-    title = f"{name}: test segments from the best to the worst"
-    plots.draw_forecasts(run.folder / "forecasts.png", windows, band, weather.steps_a_day, title)
-    truth = weather.truth[weather.future(weather.starts["daily_origins"])]
-    errors = {key.replace("_", " "): np.abs(truth - own)
-              for key, own in forecasts["daily_origins"].items()}  # fmt: skip
-    title = f"error by lead time, {name}"
-    plots.draw_lead_time(run.folder / "lead_time.png", lead_hours(weather), errors, title)
+    for i in errors.argsort()[places]:
+        end = starts[i] + len(weather.past(starts)[0]) + weather.horizon
+        steps = slice(starts[i], end)
+        windows.append((weather.index[steps], weather.values[steps, 0], guess[i]))
+    heading = f"{title}: test segments from the best to the worst"
+    plots.draw_forecasts(run.folder / "forecasts.png", windows, band, weather.steps_a_day, heading)
+
+    truth = weather.truth(weather.starts["daily_origins"])
+    errors_by_name = {}
+    for name, guess in forecasts["daily_origins"].items():
+        errors_by_name[name.replace("_", " ")] = np.abs(truth - guess)
+    heading = f"error by lead time, {title}"
+    plots.draw_lead_time(run.folder / "lead_time.png", lead_hours(weather), errors_by_name, heading)
 
 
 def compare(args, results):
-    """The four structures side by side with the baselines: temp_all/."""
-    entries = {name: metrics["test"] for name, metrics in results.items()}
-    last = results["Bi-LSTM"]["test"]  # the baselines of all runs are the same
-    for name in last["segments"]["baselines"]:
-        entries[name.replace("_", " ")] = {part: last[part]["baselines"][name] for part in PARTS}
-    columns = [(part, kind) for part in PARTS for kind in ("mean", "median")]
-    rows = [
-        {"model": name} | {f"{part}, {kind}": own[part][f"{kind}_error"] for part, kind in columns}
-        for name, own in entries.items()
-    ]
-    stamp = training.stamp(results["Bi-LSTM"]["data"])
-    note = f"Absolute errors on the test years{stamp}, degC."
-    panels = {f"Training mean error, degC{stamp}": "train_mean_error",
-              "Validation mean error, degC": "validation_mean_error"}  # fmt: skip
-    training.write_comparison(args.out, "temp", rows, results, note, panels)
+    """The structures side by side with the baselines: temp_all/."""
+    rows = {}
+    for metrics in results:
+        title = model_title(metrics["model"], args.base)
+        rows.update(error_rows(title, metrics["test"]))  # the baselines of all runs are the same
+    table = [{"model": name, **errors} for name, errors in rows.items()]
+    data = metrics["data"]
+    content = {"argv": sys.argv[1:], "seed": args.seed, "data": data, "rows": table}
+    print(f"\nabsolute errors, degC, on the test years{runs.stamp(data)}")
+    panels = {
+        f"Training mean error, degC{runs.stamp(data)}": "train_mean_error",
+        "Validation mean error, degC": "validation_mean_error",
+    }
+    runs.write_comparison(args.out, "temp", content, panels)
 
 
 # --- prediction ---------------------------------------------------------------------------------
@@ -492,54 +661,64 @@ def compare(args, results):
 
 def predict(args, device):
     """Print the days after the last ones of a file as CSV, with the 80 % band."""
-    saved = training.load_checkpoint(args.checkpoint, "temp")
-    if "band" not in saved:
-        raise UserError(f"{args.checkpoint} is of a run that was stopped; resume it or train again")
-    with training.refuse_damaged(args.checkpoint):
-        options = saved["options"]
-        freq, known, columns = options["freq"], options["known"], options["columns"]
-        keys = ("climatology", "scale", "band")
-        coefficients, scale, band = (np.array(saved[key]) for key in keys)  # band (2, horizon)
-        model = build_model(options).to(device)
-        model.load_state_dict(saved["weights"])
+    saved = runs.load_checkpoint(args.checkpoint, "temp")
+    model = build_model(saved).to(device)
+    runs.load_weights(model, saved["weights"], args.checkpoint)
+    view = View(saved["base"], np.array(saved["coefficients"]), np.array(saved["scale"]))
+    W = None if saved["W"] is None else saved["W"].numpy()
+    freq = saved["freq"]
+    columns = saved["columns"]
+    target = columns[0]
+
     frame, data = datasets.load(datasets.CLIMATE, args.predict)
     with contextlib.redirect_stdout(sys.stderr):  # only the forecast goes to stdout
-        series = read_series(frame, data["path"], freq)
+        series = read_series(frame, data["path"], freq, saved["date_column"], target)
     datasets.check_columns(series, columns, args.predict)
-    recent = series.loc[: series[TARGET].last_valid_index(), columns].iloc[-known:]
+    known = KNOWN_DAYS * STEPS_A_DAY[freq]
+    recent = series.loc[: series[target].last_valid_index(), columns].iloc[-known:]
     if len(recent) < known or recent.isna().to_numpy().any():
-        raise UserError(f"{args.predict} does not end with {known // STEPS_A_DAY[freq]} whole days "
-                        f"of {', '.join(columns)}; add them")  # fmt: skip
-    coming = pd.date_range(recent.index[-1], periods=options["horizon"] + 1, freq=freq)[1:]
-    anomalies = recent.to_numpy(float) - harmonics(recent.index) @ coefficients
-    inputs = network_inputs(anomalies, scale, recent.index)
-    guess = forecast(model, inputs, np.arange(known)[None])[0] * scale[0]
-    values = guess + (harmonics(coming) @ coefficients)[:, 0]
+        raise UserError(f"{args.predict} does not end with {KNOWN_DAYS} whole days of "
+                        f"{', '.join(columns)}; add them")  # fmt: skip
+    coming = pd.date_range(recent.index[-1], periods=saved["sizes"]["horizon"] + 1, freq=freq)[1:]
+    index = recent.index.append(coming)
+    weather = Weather(index, columns, recent.reindex(index).to_numpy(), STEPS_A_DAY[freq])
+    guess = forecast(model, weather, view, W, starts=np.array([0]))[0]
+    low, high = guess + np.array(saved["band"])
+
     print(f"the last known step begins at {recent.index[-1]:{STAMP}}; the forecast covers "
           f"{coming[0]:{STAMP}} to {coming[-1]:{STAMP}}", file=sys.stderr)  # fmt: skip
-    print(f"Date Time,{TARGET},low 10 % (degC),high 90 % (degC)")
-    for stamp, value, low, high in zip(coming, values, *(values + band), strict=True):
-        print(f"{stamp:{STAMP}},{value:.2f},{low:.2f},{high:.2f}")
+    print(f"Date Time,{target},low 10 % (degC),high 90 % (degC)")
+    for i, time in enumerate(coming):
+        print(f"{time:{STAMP}},{guess[i]:.2f},{low[i]:.2f},{high[i]:.2f}")
 
 
-def train_and_test(args, device):
-    """Train what --model names, test it, and compare all four."""
-    frame, data = datasets.load(datasets.CLIMATE, args.data)
-    weather = prepare(args, read_series(frame, data["path"], args.freq), data["path"])
-    small, large = fit_linear_models(weather)
-    results = {}
-    for name in training.structures(args, "temp"):
-        run = train(args, name, weather, data, small["train"], device)
-        if training.is_first():
-            results[NAMES[name]] = test(run, weather, data, small, large)
-    if args.model == "all" and training.is_first():
-        compare(args, results)
+# --- from arguments to results ------------------------------------------------------------------
 
 
 def main():
-    """From arguments to results."""
-    training.start(parse_args(), predict, train_and_test)
+    """Train what --model names, test it, and compare all; or predict with a saved model."""
+    args = parse_args()
+    device = options.pick_device(args.device)
+    if args.predict is not None:
+        predict(args, device)
+        return
+    options.check_folder(args.out)
+    runs.join_processes(device)
+
+    frame, data = datasets.load(datasets.CLIMATE, args.data)
+    series = read_series(frame, data["path"], args.freq, args.date_column, args.target)
+    weather = prepare(args, series, data["path"])
+    linear = fit_linear(weather)
+    base = linear if args.base == "linear" else Base(fit_view("mean", weather))
+    results = []
+    for cell in CELLS if args.model == "all" else [args.model]:
+        config = make_config(args, cell, weather, base, data)
+        run, model = train(args, config, weather, base, device)
+        if runs.is_first():
+            results.append(test(run, model, weather, base, linear, data))
+    if args.model == "all" and runs.is_first():
+        compare(args, results)
 
 
 if __name__ == "__main__":
-    training.run_script(main)
+    options.run_script(main)

@@ -25,31 +25,21 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
+import support.run as runs
 from metrics import accuracy, confusion_matrix, precision_recall_f1
 from rnn_models import CELLS, POOLS, Recurrence, grad_clipping, num_directions, pool_states
 from support import datasets, options, plots
 from support.files import UserError, whole_file, write_csv
-from support.run import (
-    Run,
-    check_finite,
-    is_first,
-    join_processes,
-    load_checkpoint,
-    load_weights,
-    moving_average,
-    rise_and_fall,
-    stamp,
-    title_of,
-    world_size,
-    write_comparison,
-)  # fmt: skip
 
 PAD = 0  # the id behind a text's end
 UNK = 1  # the id of a token that is not in the vocabulary
 PAIR_MIN_FREQ = 20  # pairs of characters are many; rarer ones are UNK
+MIN_FREQ = 2  # rarer words and characters are UNK
+MAX_TOKENS = 256  # longer texts are cut
 BLANKS = "\ufeff \t\r\n\u3000"  # stripped from both ends of a text
 CURVE_ROWS = 5000  # training rows on which the curves' training loss is measured
 REACH = 40  # tokens over which the gradient's reach is measured
@@ -59,43 +49,41 @@ PRESETS = {"lab": {  # the plain setting of the lab
 }}  # fmt: skip
 
 
+TOKENS_HELP = "jieba's words, or characters with their word and their pair with the next one"
+PREDICT_HELP = "classify this text, - each line of the input; --predict=TEXT if it begins with -"
+
+
 # --- options ------------------------------------------------------------------------------------
 
 
 def parse_args(arguments=None):
     """The command line as a namespace. The defaults were chosen on validation rows."""
-    parser = options.Parser(__doc__)
-    options.add_shared_options(parser, CELLS)
+    parser = options.make_parser(__doc__, CELLS)
     add = parser.add_argument
-    count, count_or_0 = options.count, options.count_or_0
-    fraction, positive = options.fraction, options.positive
-    add("--preset", choices=PRESETS, help="the lab's plain setting; options given beside it win")
+    count = options.count
+    count_or_0 = options.count_or_0
+    share = options.share
+    positive = options.positive
+    add("--preset", choices=PRESETS, help="the lab's plain setting; options beside it win")
     add("--text-column", default="review", help="the file's column of texts")
     add("--label-column", default="cat", help="the file's column of classes")
-    add("--tokens", choices=["both", "word"], default="both", help="jieba's words, or characters "
-        "with their word and their pair with the next character")  # fmt: skip
-    add("--min-freq", type=count, default=2, help="rarer words and characters are <unk>")
-    add("--max-tokens", type=count, default=256, help="longer texts are cut")
+    add("--tokens", choices=["both", "word"], default="both", help=TOKENS_HELP)
     add("--embedding", type=count, default=128, help="size D of an embedding")
     add("--hidden", type=count, default=128, help="hidden units h of one direction")
     add("--pool", choices=POOLS, default="max", help="how a text's states become one")
-    add("--dropout", type=fraction, default=0.4, help="share of inputs and pooled states set to 0")
-    add("--word-dropout", type=fraction, default=0.2, help="share of words hidden in training")
-    add("--label-smoothing", type=fraction, default=0.1, help="share of the target for all classes")
+    add("--dropout", type=share, default=0.4, help="share of inputs and pooled states set to 0")
+    add("--word-dropout", type=share, default=0.2, help="share of words hidden in training")
+    add("--label-smoothing", type=share, default=0.1, help="share of the target for all classes")
     add("--epochs", type=count, default=20, help="passes over the training rows at most")
-    add("--patience", type=count_or_0, default=3, help="stop after so many epochs without a "
-        "better validation score; 0: never")  # fmt: skip
+    add("--patience", type=count_or_0, default=3, help=options.PATIENCE_HELP)
     add("--batch-size", type=count, default=64, help="texts in one step")
     add("--lr", type=positive, default=4e-3, help="learning rate of AdamW")
-    add("--fall-steps", type=count_or_0, default=3500, help="steps in which the rate rises and "
-        "falls to a twentieth, at most all steps; 0: constant rate")  # fmt: skip
-    add("--weight-decay", type=options.number(float, 0), default=0.2, help="of AdamW")
+    add("--fall-steps", type=count_or_0, default=3500, help=options.FALL_HELP)
+    add("--weight-decay", type=positive, default=0.2, help="weight decay of AdamW")
     add("--clip", type=positive, default=1.0, help="largest norm of the gradient")
-    add("--average", type=fraction, default=0.998, help="decay of the weights' moving average")
-    add("--checkpoint", type=Path, nargs="+", help="best.pt of earlier runs, for --predict; the "
-        "probabilities of several are averaged")  # fmt: skip
-    add("--predict", metavar="TEXT", help="classify this text, with - each line of the input; "
-        "--predict=TEXT for a text that begins with -")  # fmt: skip
+    add("--average", type=share, default=0.998, help="decay of the weights' moving average")
+    add("--checkpoint", type=Path, nargs="+", help="best.pt of earlier runs, for --predict")
+    add("--predict", metavar="TEXT", help=PREDICT_HELP)
     return options.parse(parser, arguments, PRESETS)
 
 
@@ -191,14 +179,14 @@ def tokenize(cuts, kind):
     return aspects, [len(text) for text in texts]
 
 
-def build_vocabularies(cuts, kind, min_freq):
+def build_vocabularies(cuts, kind):
     """{aspect: its frequent tokens, most frequent first} of the training texts; ids begin at 2."""
     tokens, _ = tokenize(cuts, kind)
     tokens["word"] = list(chain.from_iterable(cuts))  # a word counts once, not at each character
     vocabularies = {}
     for aspect in tokens:
         counts = pd.Series(tokens[aspect], dtype=object).value_counts()
-        least = max(min_freq, PAIR_MIN_FREQ) if aspect == "pair" else min_freq
+        least = PAIR_MIN_FREQ if aspect == "pair" else MIN_FREQ
         vocabularies[aspect] = counts.index[counts >= least].tolist()
     return vocabularies
 
@@ -215,12 +203,12 @@ def encode(tokens, vocabularies):
 class Corpus:
     """All tokens of all texts on the device, and the batches made of them there."""
 
-    def __init__(self, ids, counts, labels, max_tokens, device):
+    def __init__(self, ids, counts, labels, device):
         """ids (all tokens, aspects) of `encode`, counts (texts,) of `tokenize`, labels (texts,)."""
         counts = np.array(counts)
         first_tokens = np.cumsum(counts) - counts
         self.device = device
-        self.lengths = torch.from_numpy(counts).clamp(max=max_tokens)  # on the CPU, for planning
+        self.lengths = torch.from_numpy(counts).clamp(max=MAX_TOKENS)  # on the CPU, for planning
         self.ids = torch.from_numpy(ids).to(device)
         self.first_tokens = torch.from_numpy(first_tokens).to(device)
         self.labels = torch.from_numpy(labels).to(device)
@@ -273,7 +261,7 @@ class TextClassifier(nn.Module):
         self.recurrence = Recurrence(cell, num_inputs, num_hiddens, num_classes)
 
     def embed(self, tokens):
-        """Inputs of the recurrence (T, B, D), the sum over the aspects of tokens (T, B, aspects)."""
+        """Inputs of the recurrence (T, B, D): the sum over the aspects of tokens (T, B, K)."""
         inputs = 0
         for embedding, ids in zip(self.embeddings, tokens.unbind(2), strict=True):
             inputs = inputs + embedding(ids)
@@ -321,7 +309,7 @@ def hide_words(tokens, share):
 
 def train(args, cell, reviews, corpus, vocabularies):
     """Train one structure; returns its run and the model with the best epoch's weights."""
-    saved_options = ("tokens", "embedding", "hidden", "pool", "dropout", "max_tokens")
+    saved_options = ("tokens", "embedding", "hidden", "pool", "dropout")
     config = {
         "task": "text",
         "model": cell,
@@ -331,26 +319,18 @@ def train(args, cell, reviews, corpus, vocabularies):
         "sha256": reviews.data["sha256"],
     }
     train_rows = reviews.split["train"]
-    num_steps = args.epochs * math.ceil(len(train_rows) / args.batch_size / world_size())
+    num_steps = args.epochs * math.ceil(len(train_rows) / args.batch_size / runs.world_size())
 
     torch.manual_seed(args.seed)
     model = build_model(config).to(corpus.device)
     curve_rows = train_rows[torch.randperm(len(train_rows))[:CURVE_ROWS]]
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True
-    )
-    schedule = LambdaLR(optimizer, rise_and_fall(min(args.fall_steps, num_steps)))
+    optimizer = AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=True)
+    schedule = LambdaLR(optimizer, runs.rise_and_fall(min(args.fall_steps, num_steps)))
     # The moving average of the weights is what is validated, tested and saved.
-    average = AveragedModel(model, multi_avg_fn=moving_average(args.average))
-    parallel_model = DistributedDataParallel(model) if world_size() > 1 else model
-    num_params = sum(param.numel() for param in model.parameters())
-    print(f"\n{title_of(cell)}: {num_params:,} parameters, {corpus.device}", flush=True)
-
-    folder = args.out / f"text_{cell}"
-    run = Run(
-        folder, config, args, model=model, optimizer=optimizer, schedule=schedule, average=average
-    )
-    run.restore() if args.resume else run.clear()
+    average = AveragedModel(model, multi_avg_fn=runs.moving_average(args.average))
+    parallel_model = DistributedDataParallel(model) if runs.world_size() > 1 else model
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "average": average}
+    run = runs.start(args, config, parts)
 
     for epoch in run.epochs(args.epochs, args.patience):
         model.train()
@@ -365,7 +345,7 @@ def train(args, cell, reviews, corpus, vocabularies):
             optimizer.step()
             schedule.step()
             average.update_parameters(model)
-        check_finite(model, epoch)
+        runs.check_finite(model, epoch)
         scores = validate(average.module, corpus, reviews, curve_rows)
         run.end_epoch(scores, score=scores["validation_f1_macro"])
 
@@ -416,7 +396,7 @@ def test(run, model, reviews, corpus):
     metrics = run.write_metrics(reviews.data, split, scores)
     write_predictions(run.folder / "predictions.csv", reviews, p)
 
-    title = f"{title_of(metrics['model'])}{stamp(reviews.data)}"
+    title = f"{runs.title_of(metrics['model'])}{runs.stamp(reviews.data)}"
     print_scores(scores, f"{title}, test rows, epoch {metrics['best_epoch']}")
     history = pd.DataFrame(run.history)
     panels = {}
@@ -463,13 +443,12 @@ def write_predictions(path, reviews, p):
     rows = reviews.split["test"].numpy()
     highest, predicted = p.max(dim=1)
     classes = np.array(reviews.classes, dtype=object)
-    table = pd.DataFrame({
-        "row": rows + 1,
-        "label": classes[reviews.labels[rows]],
-        "predicted": classes[predicted.numpy()],
-        "probability": highest.numpy().round(4),
-        "text": [reviews.texts[row] for row in rows],
-    })  # fmt: skip
+    table = pd.DataFrame()
+    table["row"] = rows + 1
+    table["label"] = classes[reviews.labels[rows]]
+    table["predicted"] = classes[predicted.numpy()]
+    table["probability"] = highest.numpy().round(4)
+    table["text"] = [reviews.texts[row] for row in rows]
     write_csv(path, table)
 
 
@@ -503,7 +482,7 @@ def compare(args, reviews, results, reach):
     shown = ["accuracy", "precision_macro", "recall_macro", "f1_macro"]
     rows = []
     for metrics, _ in results:
-        row = {"model": title_of(metrics["model"])}
+        row = {"model": runs.title_of(metrics["model"])}
         row.update({name: metrics["test"][name] for name in shown})
         for name in ("parameters", "seconds_per_epoch", "best_epoch"):
             row[name] = metrics[name]
@@ -520,15 +499,16 @@ def compare(args, reviews, results, reach):
         "rows": [*rows, mean_row],
         "gradient_reach": reach,
     }
-    suffix = stamp(reviews.data)
+    suffix = runs.stamp(reviews.data)
     print(f"\nTest rows{suffix}; precision, recall and F1 are macro averages.")
     panels = {
         f"Validation cross-entropy{suffix}": "validation_loss",
         "Validation macro-F1": "validation_f1_macro",
     }
-    write_comparison(args.out, "text", content, panels)
+    runs.write_comparison(args.out, "text", content, panels)
     title = f"--pool {args.pool}, validation texts{suffix}"
-    plots.draw_gradients(args.out / "text_all" / "gradients.png", reach, title)
+    curves = {runs.title_of(cell): values for cell, values in reach.items()}
+    plots.draw_gradients(args.out / "text_all" / "gradients.png", curves, title)
 
 
 # --- prediction ---------------------------------------------------------------------------------
@@ -544,9 +524,9 @@ def predict(args, device):
     """Print label, probability and text of one text, or of each line of the standard input."""
     classifiers = []
     for path in args.checkpoint:
-        config = load_checkpoint(path, "text")
+        config = runs.load_checkpoint(path, "text")
         model = build_model(config).to(device)
-        load_weights(model, config["weights"], path)
+        runs.load_weights(model, config["weights"], path)
         classifiers.append((model, config))
     labels = config["labels"]
     if any(other["labels"] != labels for _, other in classifiers):
@@ -568,7 +548,7 @@ def class_shares(cuts, model, config, device):
     tokens, counts = tokenize(cuts, config["options"]["tokens"])
     ids = encode(tokens, config["vocabularies"])
     labels = np.zeros(len(cuts), np.int64)  # not known
-    corpus = Corpus(ids, counts, labels, config["options"]["max_tokens"], device)
+    corpus = Corpus(ids, counts, labels, device)
     return probabilities(model, corpus, torch.arange(len(cuts)))
 
 
@@ -583,26 +563,25 @@ def main():
         predict(args, device)
         return
     options.check_folder(args.out)
-    join_processes(device)
+    runs.join_processes(device)
 
     reviews = read_reviews(args)
     cuts = cached_words(reviews.texts, reviews.data["sha256"])
     train_cuts = [cuts[row] for row in reviews.split["train"].tolist()]
-    vocabularies = build_vocabularies(train_cuts, args.tokens, args.min_freq)
+    vocabularies = build_vocabularies(train_cuts, args.tokens)
     tokens, counts = tokenize(cuts, args.tokens)
     ids = encode(tokens, vocabularies)
-    corpus = Corpus(ids, counts, reviews.labels, args.max_tokens, device)
+    corpus = Corpus(ids, counts, reviews.labels, device)
     del cuts, train_cuts, tokens  # millions of strings
 
     results = []
     reach = {}
     for cell in CELLS if args.model == "all" else [args.model]:
         run, model = train(args, cell, reviews, corpus, vocabularies)
-        if is_first():
+        if runs.is_first():
             results.append(test(run, model, reviews, corpus))
-            if args.model == "all":
-                reach[title_of(cell)] = gradient_reach(model, corpus, reviews.split["validation"])
-    if args.model == "all" and is_first():
+            reach[cell] = gradient_reach(model, corpus, reviews.split["validation"])
+    if args.model == "all" and runs.is_first():
         compare(args, reviews, results, reach)
 
 

@@ -45,21 +45,31 @@ def number(kind, low, high=float("inf")):
 count = number(int, 1, 10**9)
 count_or_0 = number(int, 0, 10**9)
 positive = number(float, 1e-12, 1e12)
-fraction = number(float, 0.0, 0.999)
+share = number(float, 0.0, 0.999)
+
+PATIENCE_HELP = "stop after so many epochs without a better validation score; 0: never"
+FALL_HELP = "steps in which the rate rises and falls to a twentieth; 0: constant rate"
+DATA_HELP = "CSV, or a zip of one; else: RNN_DATA_DIR, data/, a download, the made-up sample"
+OLD_NAMES = {"bilstm": "bi_lstm"}  # of --model
 
 
-def add_shared_options(parser, cells):
-    """Add the options that mean the same in both scripts; cells: what --model offers."""
+def make_parser(description, cells):
+    """A parser with the options that mean the same in both scripts; cells: what --model offers."""
+    parser = Parser(description)
     add = parser.add_argument
-    old_name = {"bilstm": "bi_lstm"}
-    add("--model", type=lambda name: old_name.get(name, name), choices=[*cells, "all"],
-        default="lstm", help="the recurrence, or all of them one after another")  # fmt: skip
+    names = [*cells, "all"]
+    add("--model", type=current_name, choices=names, default="lstm", help="recurrence; all: each")
     add("--seed", type=count_or_0, default=0, help="of initialisation, shuffling and dropout")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N; auto: a GPU if one works")
-    add("--data", type=Path, help="CSV, or a zip that holds one; without it: the folder "
-        "RNN_DATA_DIR, data/, a download, the made-up sample")  # fmt: skip
+    add("--data", type=Path, help=DATA_HELP)
     add("--out", type=Path, default=Path("runs"), help="folder of the results")
     add("--resume", action="store_true", help="go on after the last finished epoch of this run")
+    return parser
+
+
+def current_name(cell):
+    """The name of a cell for a name that it has or once had."""
+    return OLD_NAMES.get(cell, cell)
 
 
 def parse(parser, arguments, presets):

@@ -115,6 +115,20 @@ def check_finite(model, epoch):
             raise UserError(f"the weights of epoch {epoch} are not finite; try a lower --lr")
 
 
+def start(args, config, parts):
+    """A `Run` of these options; with --resume it goes on where an earlier one stopped."""
+    model = parts["model"]
+    num_params = sum(param.numel() for param in model.parameters())
+    device = next(model.parameters()).device
+    print(f"\n{title_of(config['model'])}: {num_params:,} parameters, {device}", flush=True)
+    run = Run(args.out / f"{config['task']}_{config['model']}", config, args, parts)
+    if args.resume:
+        run.restore()
+    else:
+        run.clear()
+    return run
+
+
 class Run:
     """The folder of one training, its history, and its checkpoints.
 
@@ -122,10 +136,10 @@ class Run:
     best one, None before the first.
     """
 
-    def __init__(self, folder, config, args, **parts):
+    def __init__(self, folder, config, args, parts):
         """config: what best.pt holds beside the weights, "task", "model" and "sha256" of the data
-        among it; args: the options; parts: what last.pt saves and `restore` restores, objects with
-        a state_dict, by name: "model" and "average", an AveragedModel, among them.
+        among it; args: the options; parts: {name: object with a state_dict} that last.pt saves
+        and `restore` restores, "model" and "average", an AveragedModel, among them.
         """
         self.folder = folder
         self.config = config
