@@ -457,24 +457,24 @@ def write_predictions(path, reviews, p):
 
 def gradient_reach(model, corpus, rows):
     """How far back an input counts: for each distance 0..REACH-1 from a text's end the norm of the
-    gradient ||dL/dX_t|| of the embedded input there, divided by that at the end; the median over
-    up to 512 texts of at least REACH tokens in rows, [] if no text is long enough.
+    gradient ||dL/dX_t|| of the embedded input there, as a share of the text's last REACH ones; the
+    median over up to 512 texts of at least REACH tokens in rows, divided by that at the end.
+
+    Returns [] if no text is long enough, or the end has no gradient.
     """
     model.eval()
     rows = rows[corpus.lengths[rows] >= REACH][:512]
-    if len(rows) == 0:
-        return []
-    ratios = []
+    shares = []
     for batch in corpus.by_length(rows, 64):
         tokens, lengths, labels = corpus.batch(batch)
         inputs = model.embed(tokens).detach().requires_grad_()  # (T, B, D)
         loss = F.cross_entropy(model.classify(inputs, lengths), labels, reduction="sum")
         (gradient,) = torch.autograd.grad(loss, inputs)
-        norms = gradient.norm(dim=2)  # (T, B)
         distances = torch.arange(REACH, device=corpus.device)[:, None]
-        norms = norms.gather(0, lengths - 1 - distances)  # (REACH, B)
-        ratios.append(norms / norms[0])
-    return torch.cat(ratios, dim=1).median(dim=1).values.tolist()
+        norms = gradient.norm(dim=2).gather(0, lengths - 1 - distances)  # (REACH, B)
+        shares.append(norms / norms.sum(dim=0))
+    medians = torch.cat(shares, dim=1).median(dim=1).values if len(rows) else torch.zeros(1)
+    return (medians / medians[0]).tolist() if medians[0] > 0 else []
 
 
 def compare(args, reviews, results, reach):
@@ -507,8 +507,7 @@ def compare(args, reviews, results, reach):
     }
     runs.write_comparison(args.out, "text", content, panels)
     title = f"--pool {args.pool}, validation texts{suffix}"
-    curves = {runs.title_of(cell): values for cell, values in reach.items()}
-    plots.draw_gradients(args.out / "text_all" / "gradients.png", curves, title)
+    plots.draw_gradients(args.out / "text_all" / "gradients.png", reach, title)
 
 
 # --- prediction ---------------------------------------------------------------------------------
@@ -580,7 +579,12 @@ def main():
         run, model = train(args, cell, reviews, corpus, vocabularies)
         if runs.is_first():
             results.append(test(run, model, reviews, corpus))
-            reach[cell] = gradient_reach(model, corpus, reviews.split["validation"])
+            if args.model == "all":
+                fresh = build_model(run.config).to(device)
+                rows = reviews.split["validation"]
+                name = runs.title_of(cell)
+                reach[name] = gradient_reach(model, corpus, rows)
+                reach[f"{name}, untrained"] = gradient_reach(fresh, corpus, rows)
     if args.model == "all" and runs.is_first():
         compare(args, reviews, results, reach)
 
