@@ -1,121 +1,133 @@
-"""Print the tables of README.zh-CN and REPORT from finished runs, for pasting; no file is changed.
+"""Print the tables of README and REPORT from finished runs, for pasting; no file is changed.
 
-    python report.py RUNS    RUNS: a folder of --out folders, one for each seed
+    python -m tools.report RUNS    RUNS: a folder of --out folders, one for each seed
 
-Runs that differ only in their seed and folder are one row: mean ± standard deviation.
+Runs that differ only in their seed and folder are one line: mean ± standard deviation.
 """
 
-import argparse
 import json
 import statistics
 from collections import defaultdict
 from pathlib import Path
 
-from training import NAMES
+from support import options
+from support.files import UserError
+from support.run import title_of
 
-MODELS = {**NAMES, "mean": "四者平均"}
+IGNORED = ("--seed", "--out", "--model", "--data", "--device")  # no setting of a run
 SCORES = {"accuracy": "准确率", "precision_macro": "宏精确率", "recall_macro": "宏召回率",
           "f1_macro": "宏 F1"}  # fmt: skip
-ERRORS = [("segments", "mean_error"), ("segments", "median_error"),
-          ("daily_origins", "mean_error"), ("daily_origins", "median_error")]  # fmt: skip
+PARTS = {"segments": "7 天段", "daily_origins": "每日起报"}
+ERRORS = {"mean_error": "均值", "median_error": "中位数"}
 
 
 def setting_of(content):
-    """The data's name and the options that make a setting: all but seed, folders, model."""
-    words, kept = iter(content["argv"]), []
+    """The data's name and the options that make a setting, as text."""
+    settings = []
+    words = iter(content["argv"])
     for word in words:
         option, _, value = word.partition("=")
-        value = value or (next(words, "") if option != "--resume" else "")
-        if option not in ("--seed", "--out", "--model", "--data", "--device", "--resume"):
-            kept.append(f"{option} {value}")
-    return f"{Path(content['data']['path']).name.split('.')[0]}: {' '.join(sorted(kept))}"
+        if option == "--resume":
+            continue
+        value = value or next(words)
+        if option not in IGNORED:
+            settings.append(f"{option} {value}")
+    data_name = Path(content["data"]["path"]).name.split(".")[0]
+    return f"{data_name}: {' '.join(sorted(settings))}"
 
 
 def collect(root):
-    """{task: [((setting, model), [metrics.json])]} of all runs under a folder, sorted by setting
-    and structure; the model "mean": the last row of each comparison, the mean of the four."""
+    """{"text": {(setting, model): [test scores]}, "temp": ...} of all runs under a folder.
+
+    The model "mean" of the task "text" is the last line of each comparison, the mean of all.
+    """
     groups = {"text": defaultdict(list), "temp": defaultdict(list)}
-    for path in sorted(root.rglob("metrics.json")) + sorted(root.rglob("text_all/comparison.json")):
+    for path in sorted(root.rglob("metrics.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
-        if "rows" in content:
-            content |= {"task": "text", "model": "mean", "test": content["rows"][-1]}
-        groups[content["task"]][setting_of(content), content["model"]].append(content)
-    order = list(MODELS).index
-    return {
-        task: sorted(own.items(), key=lambda item: (item[0][0], order(item[0][1])))
-        for task, own in groups.items()
-    }
-
-
-def markdown_table(header, rows):
-    """A Markdown table of a list of names and lists of cells."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+        key = setting_of(content), content["model"]
+        groups[content["task"]][key].append(content["test"])
+    for path in sorted(root.rglob("text_all/comparison.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        groups["text"][setting_of(content), "mean"].append(content["rows"][-1])
+    return groups
 
 
 def spread(values, digits=4):
     """Mean ± standard deviation of some numbers as text."""
     mean = f"{statistics.fmean(values):.{digits}f}"
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def markdown(rows):
+    """A Markdown table of a list of dicts with the same keys."""
+    lines = [list(rows[0]), ["---"] * len(rows[0])]
+    lines += [list(row.values()) for row in rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def text_table(groups):
-    """The table of the classification runs; the mean of the four where all four were compared."""
+    """The lines of the classification runs."""
     rows = []
-    for (setting, model), runs in groups:
-        scores = [spread([run["test"][key] for run in runs]) for key in SCORES]
-        epochs = "/".join(str(run["best_epoch"]) for run in runs if model != "mean")
-        rows.append([setting, MODELS[model], len(runs), *scores, epochs])
-    return markdown_table(["设置", "模型", "种子数", *SCORES.values(), "最佳轮"], rows)
+    for (setting, model), tests in groups.items():
+        row = {"设置": setting, "模型": title_of(model), "种子数": len(tests)}
+        for key, name in SCORES.items():
+            row[name] = spread([test[key] for test in tests])
+        rows.append(row)
+    return rows
 
 
-def class_tables(groups, options="--epochs 20"):
-    """Tables of F1 by class, mean over the seeds, one for each data set."""
-    tests = defaultdict(dict)
-    for (setting, model), runs in groups:
-        if setting.endswith(f": {options}") and model in NAMES:
-            tests[setting][NAMES[model]] = [run["test"]["per_class"] for run in runs]
-    tables = []
-    for own in tests.values():
-        rows = []
-        for label, entry in next(iter(own.values()))[0].items():
-            f1 = [spread([test[label]["f1"] for test in runs], 3) for runs in own.values()]
-            rows.append([label, entry["support"], *f1])
-        tables.append(markdown_table(["类别", "测试条数", *own], rows))
-    return tables
+def class_table(groups):
+    """The lines of F1 by class of all settings and models."""
+    rows = []
+    for (setting, model), tests in groups.items():
+        if model == "mean":
+            continue
+        row = {"设置": setting, "模型": title_of(model)}
+        for label in tests[0]["per_class"]:
+            row[label] = spread([test["per_class"][label]["f1"] for test in tests], 3)
+        rows.append(row)
+    return rows
 
 
 def temp_table(groups):
-    """The table of the forecasting runs, with their baselines under each setting."""
-    rows, baselines = [], {}
-    for (setting, model), runs in groups:
-        tests = [run["test"] for run in runs]
-        errors = [spread([test[part][key] for test in tests], 3) for part, key in ERRORS]
-        coverage = spread([test["daily_origins"]["coverage_80"] for test in tests], 3)
-        rows.append([setting, NAMES[model], len(runs), *errors, coverage])
-        baselines[setting] = tests[0]
-    for setting, test in baselines.items():
-        for name in test["segments"]["baselines"]:
-            errors = [f"{test[part]['baselines'][name][key]:.3f}" for part, key in ERRORS]
-            rows.append([setting, name.replace("_", " "), "", *errors, ""])
-    header = ["设置", "模型", "种子数", "7 天段：均值", "中位数", "每日起报：均值", "中位数"]
-    header.append("80 % 区间覆盖率")
-    return markdown_table(header, sorted(rows, key=lambda row: row[0]))
+    """The lines of the forecasting runs, with their baselines at the end."""
+    rows = []
+    baselines = {}
+    for (setting, model), tests in groups.items():
+        rows.append(temp_row(setting, title_of(model), tests))
+        for name in tests[0]["segments"]["baselines"]:
+            entries = {part: tests[0][part]["baselines"][name] for part in PARTS}
+            baselines[setting, name] = temp_row(setting, name.replace("_", " "), [entries])
+    return rows + list(baselines.values())
+
+
+def temp_row(setting, model, tests):
+    """One line: the errors of both parts; tests: "test" of metrics.json, or a baseline's errors."""
+    row = {"设置": setting, "模型": model, "种子数": len(tests)}
+    for part, part_name in PARTS.items():
+        for key, error_name in ERRORS.items():
+            row[f"{part_name}：{error_name}"] = spread([test[part][key] for test in tests], 3)
+    coverages = [test["daily_origins"].get("coverage_80") for test in tests]
+    row["80 % 区间覆盖率"] = "" if None in coverages else spread(coverages, 3)
+    return row
 
 
 def main():
     """Print all tables."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = options.Parser(__doc__)
     parser.add_argument("runs", type=Path, help="folder of the runs' --out folders")
     args = parser.parse_args()
-    text, temp = collect(args.runs).values()
-    tables = [text_table(text), *class_tables(text)] if text else []
-    tables += [temp_table(temp)] if temp else []
+    groups = collect(args.runs)
+    tables = [text_table(groups["text"]), class_table(groups["text"]), temp_table(groups["temp"])]
+    tables = [rows for rows in tables if rows]
     if not tables:
-        parser.error(f"{args.runs} holds no metrics.json of a run")
-    print("\n\n".join(tables))
+        raise UserError(f"{args.runs} holds no metrics.json of a run; name the folder of runs")
+    for rows in tables:
+        rows.sort(key=lambda row: row["设置"])
+        print(f"{markdown(rows)}\n")
 
 
 if __name__ == "__main__":
-    main()
+    options.run_script(main)
