@@ -103,7 +103,7 @@ def read_series(frame, path, freq, date_column, target):
     print(f"{path}: {len(frame)} rows, {series.index[0]} to {series.index[-1]}; {len(series)} "
           f"steps, {is_missing.sum()} without {target}")  # fmt: skip
     if is_missing.mean() > 0.5:
-        is_text = values[target].isna().to_numpy() & raw[target].notna().to_numpy()
+        is_text = (values[target].isna().array) & (raw[target].notna().array)
         reason = "does --freq fit?"
         if is_text.any():
             row = is_text.argmax()
@@ -167,7 +167,8 @@ def prepare(args, series, path):
     index = series.index
     steps_a_day = STEPS_A_DAY[args.freq]
     length = (KNOWN_DAYS + HORIZON_DAYS) * steps_a_day
-    split = int((index < index[0] + pd.DateOffset(years=args.train_years)).sum())
+    test_begin = index[0] + pd.DateOffset(years=args.train_years)
+    split = int((index < test_begin).sum())
     train_end = split * 4 // 5
     is_midnight = index == index.normalize()
     first_test = split + int(is_midnight[split:].argmax()) if split < len(index) else split
@@ -215,8 +216,9 @@ def calendar(index):
     day_of_year = index.day_of_year.to_numpy() - 1 + hour / 24
     year = 2 * np.pi * day_of_year / 365.25
     day = 2 * np.pi * hour / 24
-    waves = [np.sin(year), np.cos(year), np.sin(day), np.cos(day)]
-    return np.stack(waves, axis=1)
+    yearly = [np.sin(year), np.cos(year)]
+    daily = [np.sin(day), np.cos(day)]
+    return np.stack([*yearly, *daily], axis=1)
 
 
 def harmonics(index):
@@ -402,8 +404,9 @@ def build_model(config):
 
 def forecast(model, weather, view, W, starts):
     """The forecast (n, horizon), degC, of base and network for windows that begin at starts."""
-    base = base_forecast(weather, view, W, starts)
-    return base + view.scale[0] * corrections(model, view.inputs(weather), weather.past(starts))
+    inputs = view.inputs(weather)
+    correction = corrections(model, inputs, weather.past(starts))
+    return base_forecast(weather, view, W, starts) + view.scale[0] * correction
 
 
 @torch.no_grad()
@@ -449,7 +452,8 @@ def train(args, config, weather, base, device):
     inputs = torch.from_numpy(base.view.inputs(weather)).float().to(device)  # (N, D)
     past = torch.from_numpy(weather.past(starts))  # (n, known)
     stride = min(3, weather.steps_a_day)  # three hours, or a day
-    num_steps = args.epochs * math.ceil(len(starts) / stride / args.batch_size / runs.world_size())
+    batches_an_epoch = math.ceil(len(starts) / stride / args.batch_size)
+    num_steps = args.epochs * math.ceil(batches_an_epoch / runs.world_size())
 
     torch.manual_seed(args.seed)
     model = build_model(config).to(device)
@@ -647,7 +651,8 @@ def compare(args, results):
         rows.update(error_rows(title, metrics["test"]))  # the baselines of all runs are the same
     table = [{"model": name, **errors} for name, errors in rows.items()]
     data = metrics["data"]
-    content = {"argv": sys.argv[1:], "seed": args.seed, "data": data, "rows": table}
+    content = {"argv": sys.argv[1:], "seed": args.seed, "data": data}
+    content["rows"] = table
     print(f"\nabsolute errors, degC, on the test years{runs.stamp(data)}")
     panels = {
         f"Training mean error, degC{runs.stamp(data)}": "train_mean_error",
@@ -664,7 +669,9 @@ def predict(args, device):
     saved = runs.load_checkpoint(args.checkpoint, "temp")
     model = build_model(saved).to(device)
     runs.load_weights(model, saved["weights"], args.checkpoint)
-    view = View(saved["base"], np.array(saved["coefficients"]), np.array(saved["scale"]))
+    coefficients = np.array(saved["coefficients"])
+    scale = np.array(saved["scale"])
+    view = View(saved["base"], coefficients, scale)
     W = None if saved["W"] is None else saved["W"].numpy()
     freq = saved["freq"]
     columns = saved["columns"]
@@ -679,7 +686,8 @@ def predict(args, device):
     if len(recent) < known or recent.isna().to_numpy().any():
         raise UserError(f"{args.predict} does not end with {KNOWN_DAYS} whole days of "
                         f"{', '.join(columns)}; add them")  # fmt: skip
-    coming = pd.date_range(recent.index[-1], periods=saved["sizes"]["horizon"] + 1, freq=freq)[1:]
+    horizon = saved["sizes"]["horizon"]
+    coming = pd.date_range(recent.index[-1], periods=horizon + 1, freq=freq)[1:]
     index = recent.index.append(coming)
     weather = Weather(index, columns, recent.reindex(index).to_numpy(), STEPS_A_DAY[freq])
     guess = forecast(model, weather, view, W, starts=np.array([0]))[0]

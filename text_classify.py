@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -37,7 +38,6 @@ from support.files import UserError, whole_file, write_csv
 
 PAD = 0  # the id behind a text's end
 UNK = 1  # the id of a token that is not in the vocabulary
-PAIR_MIN_FREQ = 20  # pairs of characters are many; rarer ones are UNK
 MIN_FREQ = 2  # rarer words and characters are UNK
 MAX_TOKENS = 256  # longer texts are cut
 BLANKS = "\ufeff \t\r\n\u3000"  # stripped from both ends of a text
@@ -49,7 +49,7 @@ PRESETS = {"lab": {  # the plain setting of the lab
 }}  # fmt: skip
 
 
-TOKENS_HELP = "jieba's words, or characters with their word and their pair with the next one"
+TOKENS_HELP = "jieba's words, or characters and beside each the word that it is in"
 PREDICT_HELP = "classify this text, - each line of the input; --predict=TEXT if it begins with -"
 
 
@@ -110,9 +110,11 @@ def read_reviews(args):
     names = frame[args.label_column].astype(str).str.strip().to_numpy(object)
     is_usable = np.array([text != "" for text in texts], bool) & (names != "")
     i = np.arange(1, len(texts) + 1)
-    parts = {"train": ~np.isin(i % 5, (0, 4)), "validation": i % 5 == 4, "test": i % 5 == 0}
+    is_validation = i % 5 == 4
+    is_test = i % 5 == 0
+    is_train = ~is_validation & ~is_test
     split = {}
-    for part, is_member in parts.items():
+    for part, is_member in (("train", is_train), ("validation", is_validation), ("test", is_test)):
         split[part] = torch.from_numpy(np.flatnonzero(is_usable & is_member))
     classes = sorted(set(names[is_usable]))
     untrained = sorted(set(classes) - set(names[split["train"].numpy()]))
@@ -160,9 +162,8 @@ def tokenize(cuts, kind):
     """Tokens of texts cut into words: {aspect: all texts' tokens in a row}, and the number of
     tokens of each text.
 
-    kind: "word" for words; "both" for characters with three aspects: the character, the word that
-    it is in, its pair with the next character ("\\n" behind a text). A text without words becomes
-    one unknown token.
+    kind: "word" for words; "both" for characters with two aspects, the character and the word that
+    it is in. A text without words becomes one unknown token.
     """
     cuts = [cut or ["\0"] for cut in cuts]
     words = list(chain.from_iterable(cuts))
@@ -171,23 +172,20 @@ def tokenize(cuts, kind):
     word_of_each = []
     for word in words:
         word_of_each += [word] * len(word)
-    texts = ["".join(cut) for cut in cuts]
-    pairs = []
-    for text in texts:
-        pairs += map("".join, zip(text, text[1:] + "\n", strict=True))
-    aspects = {"word": word_of_each, "char": list("".join(texts)), "pair": pairs}
-    return aspects, [len(text) for text in texts]
+    lengths = [sum(map(len, cut)) for cut in cuts]
+    return {"word": word_of_each, "char": list("".join(words))}, lengths
 
 
 def build_vocabularies(cuts, kind):
     """{aspect: its frequent tokens, most frequent first} of the training texts; ids begin at 2."""
-    tokens, _ = tokenize(cuts, kind)
-    tokens["word"] = list(chain.from_iterable(cuts))  # a word counts once, not at each character
+    words = list(chain.from_iterable(cuts))
+    tokens = {"word": words}
+    if kind == "both":
+        tokens["char"] = "".join(words)
     vocabularies = {}
-    for aspect in tokens:
-        counts = pd.Series(tokens[aspect], dtype=object).value_counts()
-        least = PAIR_MIN_FREQ if aspect == "pair" else MIN_FREQ
-        vocabularies[aspect] = counts.index[counts >= least].tolist()
+    for aspect, values in tokens.items():
+        counts = Counter(values).most_common()
+        vocabularies[aspect] = [token for token, count in counts if count >= MIN_FREQ]
     return vocabularies
 
 
@@ -195,9 +193,9 @@ def encode(tokens, vocabularies):
     """The ids of tokens, (all tokens, aspects) int32; UNK for those not in the vocabularies."""
     columns = []
     for aspect, vocabulary in vocabularies.items():
-        places = pd.Index(vocabulary, dtype=object).get_indexer(tokens[aspect])  # -1: not in it
-        columns.append(np.where(places < 0, UNK, places + 2))
-    return np.stack(columns, axis=1).astype(np.int32)
+        ids = {token: number for number, token in enumerate(vocabulary, start=2)}
+        columns.append([ids.get(token, UNK) for token in tokens[aspect]])
+    return np.array(columns, dtype=np.int32).T.copy()
 
 
 class Corpus:
@@ -227,7 +225,8 @@ class Corpus:
     def batch(self, rows):
         """tokens (T, B, aspects), padded with 0 to the longest, lengths (B,) and labels (B,)."""
         lengths = self.lengths[rows]
-        steps = torch.arange(int(lengths.max()), device=self.device)[:, None]  # (T, 1)
+        T = int(lengths.max())
+        steps = torch.arange(T, device=self.device)[:, None]  # (T, 1)
         rows = rows.to(self.device)
         lengths = lengths.to(self.device)
         is_padding = steps >= lengths  # (T, B)
@@ -245,7 +244,7 @@ class TextClassifier(nn.Module):
     def __init__(
         self, cell, vocab_sizes, num_inputs, num_hiddens, num_classes, pool="max", dropout=0.4
     ):
-        """vocab_sizes: a size for each aspect of a token (word, character, pair).
+        """vocab_sizes: a size for each aspect of a token (word, character).
 
         num_inputs: D, an embedding's size; num_hiddens: h; dropout: share of the embedded inputs
         and of the pooled states set to zero in training. Raises ValueError for an unknown cell.
@@ -283,16 +282,7 @@ class TextClassifier(nn.Module):
 
 def build_model(config):
     """The untrained classifier of a checkpoint's config."""
-    settings = config["options"]
-    return TextClassifier(
-        cell=config["model"],
-        vocab_sizes=[len(vocabulary) + 2 for vocabulary in config["vocabularies"].values()],
-        num_inputs=settings["embedding"],
-        num_hiddens=settings["hidden"],
-        num_classes=len(config["labels"]),
-        pool=settings["pool"],
-        dropout=settings["dropout"],
-    )
+    return TextClassifier(config["model"], **config["sizes"])
 
 
 # --- training -----------------------------------------------------------------------------------
@@ -307,19 +297,26 @@ def hide_words(tokens, share):
     return tokens
 
 
-def train(args, cell, reviews, corpus, vocabularies):
-    """Train one structure; returns its run and the model with the best epoch's weights."""
-    saved_options = ("tokens", "embedding", "hidden", "pool", "dropout")
-    config = {
-        "task": "text",
-        "model": cell,
-        "options": {name: getattr(args, name) for name in saved_options},
-        "vocabularies": vocabularies,
-        "labels": reviews.classes,
-        "sha256": reviews.data["sha256"],
-    }
+def make_config(args, cell, reviews, vocabularies):
+    """What best.pt holds beside the weights."""
+    sizes = {"num_inputs": args.embedding, "num_hiddens": args.hidden}
+    sizes["vocab_sizes"] = [len(vocabulary) + 2 for vocabulary in vocabularies.values()]
+    sizes["num_classes"] = len(reviews.classes)
+    sizes["pool"] = args.pool
+    sizes["dropout"] = args.dropout
+    config = {"task": "text", "model": cell, "sizes": sizes}
+    config["tokens"] = args.tokens
+    config["vocabularies"] = vocabularies
+    config["labels"] = reviews.classes
+    config["sha256"] = reviews.data["sha256"]
+    return config
+
+
+def train(args, config, reviews, corpus):
+    """Train one structure; returns its run, and the model with the best epoch's weights."""
     train_rows = reviews.split["train"]
-    num_steps = args.epochs * math.ceil(len(train_rows) / args.batch_size / runs.world_size())
+    batches_an_epoch = math.ceil(len(train_rows) / args.batch_size)
+    num_steps = args.epochs * math.ceil(batches_an_epoch / runs.world_size())
 
     torch.manual_seed(args.seed)
     model = build_model(config).to(corpus.device)
@@ -373,11 +370,13 @@ def validate(model, corpus, reviews, curve_rows):
     The cross-entropies are without label smoothing and dropout, so that they compare.
     """
     scores = {}
-    for part, rows in {"train": curve_rows, "validation": reviews.split["validation"]}.items():
+    for part, rows in (("train", curve_rows), ("validation", reviews.split["validation"])):
         p = probabilities(model, corpus, rows)
-        truth = torch.from_numpy(reviews.labels)[rows]
-        matrix = confusion_matrix(truth.numpy(), p.argmax(dim=1).numpy(), len(reviews.classes))
-        scores[f"{part}_loss"] = F.nll_loss(p.clamp_min(1e-12).log(), truth).item()
+        guess = p.argmax(dim=1).numpy()
+        truth = reviews.labels[rows.numpy()]
+        matrix = confusion_matrix(truth, guess, num_classes=len(reviews.classes))
+        log_p = p.clamp_min(1e-12).log()
+        scores[f"{part}_loss"] = F.nll_loss(log_p, torch.from_numpy(truth)).item()
         scores[f"{part}_accuracy"] = accuracy(matrix)
     # The last matrix is that of the validation rows.
     scores["validation_f1_macro"] = precision_recall_f1(matrix, "macro")[2]
@@ -413,7 +412,8 @@ def test(run, model, reviews, corpus):
 def test_scores(reviews, p):
     """The confusion matrix (K, K) of test probabilities (n, K), and "test" of metrics.json."""
     truth = reviews.labels[reviews.split["test"].numpy()]
-    matrix = confusion_matrix(truth, p.argmax(dim=1).numpy(), len(reviews.classes))
+    guess = p.argmax(dim=1).numpy()
+    matrix = confusion_matrix(truth, guess, num_classes=len(reviews.classes))
     scores = {"accuracy": accuracy(matrix)}
     for average in ("macro", "weighted"):
         precision, recall, f1 = precision_recall_f1(matrix, average)
@@ -421,8 +421,12 @@ def test_scores(reviews, p):
         scores[f"recall_{average}"] = recall
         scores[f"f1_{average}"] = f1
     precision, recall, f1 = precision_recall_f1(matrix)
-    columns = {"precision": precision, "recall": recall, "f1": f1, "support": matrix.sum(axis=1)}
-    scores["per_class"] = pd.DataFrame(columns, index=reviews.classes).to_dict("index")
+    table = pd.DataFrame(index=reviews.classes)
+    table["precision"] = precision
+    table["recall"] = recall
+    table["f1"] = f1
+    table["support"] = matrix.sum(axis=1)
+    scores["per_class"] = table.to_dict("index")
     return matrix, scores
 
 
@@ -473,7 +477,9 @@ def gradient_reach(model, corpus, rows):
         distances = torch.arange(REACH, device=corpus.device)[:, None]
         norms = gradient.norm(dim=2).gather(0, lengths - 1 - distances)  # (REACH, B)
         shares.append(norms / norms.sum(dim=0))
-    medians = torch.cat(shares, dim=1).median(dim=1).values if len(rows) else torch.zeros(1)
+    if not shares:
+        return []
+    medians = torch.cat(shares, dim=1).median(dim=1).values  # (REACH,)
     return (medians / medians[0]).tolist() if medians[0] > 0 else []
 
 
@@ -492,13 +498,9 @@ def compare(args, reviews, results, reach):
     mean_row = {"model": "mean of all"}
     mean_row.update({name: scores[name] for name in shown})
     mean_row["parameters"] = sum(row["parameters"] for row in rows)
-    content = {
-        "argv": sys.argv[1:],
-        "seed": args.seed,
-        "data": reviews.data,
-        "rows": [*rows, mean_row],
-        "gradient_reach": reach,
-    }
+    content = {"argv": sys.argv[1:], "seed": args.seed, "data": reviews.data}
+    content["rows"] = [*rows, mean_row]
+    content["gradient_reach"] = reach
     suffix = runs.stamp(reviews.data)
     print(f"\nTest rows{suffix}; precision, recall and F1 are macro averages.")
     panels = {
@@ -532,7 +534,8 @@ def predict(args, device):
         raise UserError("the checkpoints have different classes; name models of the same data")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8", errors="replace")
-    lines = iter(sys.stdin.buffer) if args.predict == "-" else iter([args.predict.encode()])
+    lines = sys.stdin.buffer if args.predict == "-" else [args.predict.encode()]
+    lines = iter(lines)
     while batch := list(islice(lines, 256)):
         texts = [datasets.decode(line).strip(BLANKS) for line in batch]
         cuts = cut_words(texts)
@@ -544,7 +547,7 @@ def predict(args, device):
 
 def class_shares(cuts, model, config, device):
     """The probabilities (n, K) that a saved model gives to texts cut into words."""
-    tokens, counts = tokenize(cuts, config["options"]["tokens"])
+    tokens, counts = tokenize(cuts, config["tokens"])
     ids = encode(tokens, config["vocabularies"])
     labels = np.zeros(len(cuts), np.int64)  # not known
     corpus = Corpus(ids, counts, labels, device)
@@ -576,11 +579,12 @@ def main():
     results = []
     reach = {}
     for cell in CELLS if args.model == "all" else [args.model]:
-        run, model = train(args, cell, reviews, corpus, vocabularies)
+        config = make_config(args, cell, reviews, vocabularies)
+        run, model = train(args, config, reviews, corpus)
         if runs.is_first():
             results.append(test(run, model, reviews, corpus))
             if args.model == "all":
-                fresh = build_model(run.config).to(device)
+                fresh = build_model(config).to(device)
                 rows = reviews.split["validation"]
                 name = runs.title_of(cell)
                 reach[name] = gradient_reach(model, corpus, rows)

@@ -51,12 +51,12 @@ def sum_of_products(V, dA):
     return V.flatten(1, 2).mT @ dA.flatten(1, 2)
 
 
-def input_gradients(ctx, inputs, W_x, dA):
+def input_gradients(inputs, W_x, dA):
     """dX = dA W_x^T, dW_x = sum of X^T dA and db = sum of dA."""
-    dX = None
-    if ctx.needs_input_grad[0]:
-        dX = torch.bmm(dA.flatten(1, 2), W_x.mT).view_as(inputs)
-    return dX, sum_of_products(inputs, dA), dA.sum(dim=(1, 2))
+    dX = torch.bmm(dA.flatten(1, 2), W_x.mT).view_as(inputs)
+    dW_x = sum_of_products(inputs, dA)
+    db = dA.sum(dim=(1, 2))
+    return dX, dW_x, db
 
 
 class RNN(Function):
@@ -68,7 +68,8 @@ class RNN(Function):
         H = H_0  # (G, B, h)
         for A in states.unbind(1):
             # H = tanh(X W_x + H_prev W_h + b)
-            H = tanh(torch.baddbmm(A, H, W_h), out=A)
+            A_new = torch.baddbmm(A, H, W_h)
+            H = tanh(A_new, out=A)
         ctx.save_for_backward(inputs, W_x, W_h, H_0, states)
         return states
 
@@ -80,12 +81,13 @@ class RNN(Function):
         W_hT = W_h.mT.contiguous()
         dH = dY_all[:, -1]
         dY_before = before(torch.zeros_like(H_0), dY_all)
-        for H, dY_prev, dA in reversed(by_step(states, dY_before, dA_all)):
+        steps = by_step(states, dY_before, dA_all)
+        for H, dY_prev, dA in reversed(steps):
             # dA = dH * (1 - H^2)
             tanh_backward(dH, H, grad_input=dA)
             # dH_prev = dY_prev + dA W_h^T
             dH = torch.baddbmm(dY_prev, dA, W_hT)
-        dX, dW_x, db = input_gradients(ctx, inputs, W_x, dA_all)
+        dX, dW_x, db = input_gradients(inputs, W_x, dA_all)
         # dW_h = sum of H_prev^T dA
         dW_h = sum_of_products(before(H_0, states), dA_all)
         return dX, dW_x, dW_h, db, dH
@@ -103,13 +105,17 @@ class GRU(Function):
         gates = input_product(inputs, W_x, b)  # X W_x + b, later Z R H~
         states = torch.empty_like(gates[..., :h])
         H = H_0  # (G, B, h)
-        for ZR, Z, R, H_tilde, H_new in by_step(
-            gates[..., : 2 * h], *gates.chunk(3, dim=3), states
-        ):
+        ZR_all = gates[..., : 2 * h]
+        Z_all, R_all, H_tilde_all = gates.chunk(3, dim=3)
+        steps = by_step(ZR_all, Z_all, R_all, H_tilde_all, states)
+        for ZR, Z, R, H_tilde, H_new in steps:
             # Z = s(X W_xz + H_prev W_hz + b_z), R likewise
-            torch.sigmoid(torch.baddbmm(ZR, H, W_hzr), out=ZR)
+            A = torch.baddbmm(ZR, H, W_hzr)
+            torch.sigmoid(A, out=ZR)
             # H~ = tanh(X W_xh + M W_hh + b_h)
-            tanh(torch.baddbmm(H_tilde, R * H, W_hh), out=H_tilde)
+            M = R * H
+            A = torch.baddbmm(H_tilde, M, W_hh)
+            tanh(A, out=H_tilde)
             # H = Z * H_prev + (1 - Z) * H~
             H = torch.lerp(H_tilde, H, Z, out=H_new)
         ctx.save_for_backward(inputs, W_x, W_h, H_0, gates, states)
@@ -128,28 +134,35 @@ class GRU(Function):
         dA_zr_all, dA_h_all = dA_all.split([2 * h, h], dim=3)
         dH = dY_all[:, -1]
         dY_before = before(torch.zeros_like(H_0), dY_all)
-        steps = by_step(
-            gates[..., : 2 * h], *gates.chunk(3, dim=3), H_before, dY_before,
-            dA_zr_all, *dA_all.chunk(3, dim=3),
-        )  # fmt: skip
-        for ZR, Z, R, H_tilde, H_prev, dY_prev, dA_zr, dZ, dR, dA_h in reversed(steps):
+        dZ_all, dR_all, _ = dA_all.chunk(3, dim=3)
+        ZR_all = gates[..., : 2 * h]
+        Z_all, R_all, H_tilde_all = gates.chunk(3, dim=3)
+        values = by_step(ZR_all, Z_all, R_all, H_tilde_all, H_before)
+        gradients = by_step(dY_before, dA_zr_all, dZ_all, dR_all, dA_h_all)
+        for t in reversed(range(len(values))):
+            ZR, Z, R, H_tilde, H_prev = values[t]
+            dY_prev, dA_zr, dZ, dR, dA_h = gradients[t]
             # dH~ = dH * (1 - Z);  dA_h = dH~ * (1 - H~^2);  dM = dA_h W_hh^T
             dH_Z = dH * Z
-            tanh_backward(dH - dH_Z, H_tilde, grad_input=dA_h)
+            dH_tilde = dH - dH_Z
+            tanh_backward(dH_tilde, H_tilde, grad_input=dA_h)
             dM = torch.bmm(dA_h, W_hhT)
             # dZ = dH * (H_prev - H~);  dR = dM * H_prev
-            torch.mul(dH, H_prev - H_tilde, out=dZ)
+            difference = H_prev - H_tilde
+            torch.mul(dH, difference, out=dZ)
             torch.mul(dM, H_prev, out=dR)
             # dA_zr = dZR * ZR * (1 - ZR), in place of dZ and dR
             sigmoid_backward(dA_zr, ZR, grad_input=dA_zr)
             # dH_prev = dY_prev + dH * Z + dM * R + dA_zr W_hzr^T
-            dH = torch.baddbmm(dY_prev + dH_Z.addcmul_(dM, R), dA_zr, W_hzrT)
-        dX, dW_x, db = input_gradients(ctx, inputs, W_x, dA_all)
+            direct = dH_Z.addcmul_(dM, R) + dY_prev
+            dH = torch.baddbmm(direct, dA_zr, W_hzrT)
+        dX, dW_x, db = input_gradients(inputs, W_x, dA_all)
         # dW_hzr = sum of H_prev^T dA_zr;  dW_hh = sum of M^T dA_h
-        M_all = gates[..., h : 2 * h] * H_before
+        M_all = R_all * H_before
         dW_hzr = sum_of_products(H_before, dA_zr_all)
         dW_hh = sum_of_products(M_all, dA_h_all)
-        return dX, dW_x, torch.cat([dW_hzr, dW_hh], dim=2), db, dH
+        dW_h = torch.cat([dW_hzr, dW_hh], dim=2)
+        return dX, dW_x, dW_h, db, dH
 
 
 class LSTM(Function):
@@ -166,18 +179,26 @@ class LSTM(Function):
         # C and tanh(C); where no gradient is asked for, all steps share the memory of one.
         kept_steps = T if any(ctx.needs_input_grad) else 1
         memories, tanhs = gates.new_empty(2, G, kept_steps, B, h).expand(2, G, T, B, h)
-        H, C = H_0, C_0  # (G, B, h)
-        steps = by_step(gates, gates[..., : 3 * h], *gates.chunk(4, dim=3), states, memories, tanhs)
-        for A, IFO, I, F, O, C_tilde, H_new, C_new, tanh_C in steps:
+        H = H_0  # (G, B, h)
+        C = C_0  # (G, B, h)
+        IFO_all = gates[..., : 3 * h]
+        I_all, F_all, O_all, C_tilde_all = gates.chunk(4, dim=3)
+        sums = by_step(gates, IFO_all, I_all, F_all, O_all, C_tilde_all)
+        results = by_step(states, memories, tanhs)
+        for t in range(T):
+            A, IFO, I, F, O, C_tilde = sums[t]
+            H_new, C_new, tanh_C = results[t]
             # I = s(X W_xi + H_prev W_hi + b_i), F and O likewise
             A_new = torch.baddbmm(A, H, W_h)  # (G, B, 4h)
             torch.sigmoid(A_new[..., : 3 * h], out=IFO)
             # C~ = tanh(X W_xc + H_prev W_hc + b_c)
             tanh(A_new[..., 3 * h :], out=C_tilde)
             # C = F * C_prev + I * C~
-            C = torch.mul(F, C, out=C_new).addcmul_(I, C_tilde)
+            C = torch.mul(F, C, out=C_new)
+            C.addcmul_(I, C_tilde)
             # H = O * tanh(C)
-            H = torch.mul(O, tanh(C, out=tanh_C), out=H_new)
+            tanh(C, out=tanh_C)
+            H = torch.mul(O, tanh_C, out=H_new)
         ctx.save_for_backward(inputs, W_x, W_h, H_0, C_0, gates, states, memories, tanhs)
         return states
 
@@ -192,14 +213,17 @@ class LSTM(Function):
         dC = torch.zeros_like(C_0)
         dY_before = before(torch.zeros_like(H_0), dY_all)
         C_before = before(C_0, memories)
-        steps = by_step(
-            gates[..., : 3 * h], *gates.chunk(4, dim=3), C_before, tanhs, dY_before,
-            dA_all, dA_all[..., : 3 * h], *dA_all.chunk(4, dim=3),
-        )  # fmt: skip
-        for step in reversed(steps):
-            IFO, I, F, O, C_tilde, C_prev, tanh_C, dY_prev, dA, dA_ifo, dI, dF, dO, dA_c = step
+        IFO_all = gates[..., : 3 * h]
+        I_all, F_all, O_all, C_tilde_all = gates.chunk(4, dim=3)
+        values = by_step(IFO_all, I_all, F_all, O_all, C_tilde_all, C_before, tanhs)
+        dA_ifo_all = dA_all[..., : 3 * h]
+        dI_all, dF_all, dO_all, dA_c_all = dA_all.chunk(4, dim=3)
+        gradients = by_step(dY_before, dA_all, dA_ifo_all, dI_all, dF_all, dO_all, dA_c_all)
+        for t in reversed(range(len(values))):
+            IFO, I, F, O, C_tilde, C_prev, tanh_C = values[t]
+            dY_prev, dA, dA_ifo, dI, dF, dO, dA_c = gradients[t]
             # dC = dC + dH * O * (1 - tanh(C)^2)
-            dC = dC + tanh_backward(dH * O, tanh_C, grad_input=dA_c)
+            dC = dC + tanh_backward(dH * O, tanh_C, grad_input=dA_c)  # dA_c as scratch memory
             # dI = dC * C~;  dF = dC * C_prev;  dO = dH * tanh(C)
             torch.mul(dC, C_tilde, out=dI)
             torch.mul(dC, C_prev, out=dF)
@@ -212,7 +236,7 @@ class LSTM(Function):
             dC = dC * F
             # dH_prev = dY_prev + dA W_h^T
             dH = torch.baddbmm(dY_prev, dA, W_hT)
-        dX, dW_x, db = input_gradients(ctx, inputs, W_x, dA_all)
+        dX, dW_x, db = input_gradients(inputs, W_x, dA_all)
         # dW_h = sum of H_prev^T dA
         dW_h = sum_of_products(before(H_0, states), dA_all)
         return dX, dW_x, dW_h, db, dH, dC

@@ -1,0 +1,542 @@
+"""The four cells: shapes, two steps by hand, torch's layers; their parameters; `Recurrence`."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import rnn_models
+from rnn_models import (
+    CELLS,
+    GATES,
+    Recurrence,
+    bi_lstm,
+    grad_clipping,
+    gru,
+    init_params,
+    init_state,
+    lstm,
+    param_names,
+    pool_states,
+    reverse,
+    rnn,
+)
+
+T = 5
+B = 3
+D = 4
+h = 6
+Q = 2
+all_cells = pytest.mark.parametrize("cell", ["rnn", "gru", "lstm", "bi_lstm"])
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def random(*shape):
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def new_params(cell):
+    return init_params(cell, num_inputs=D, num_hiddens=h, num_outputs=Q)
+
+
+def new_recurrence(cell):
+    return Recurrence(cell, num_inputs=D, num_hiddens=h, num_outputs=Q)
+
+
+# --- shapes -------------------------------------------------------------------------------------
+
+
+def shapes(state):
+    """The shapes of a state's tensors, nested as the state is."""
+    if torch.is_tensor(state):
+        return state.shape
+    return tuple(shapes(part) for part in state)
+
+
+@all_cells
+def test_outputs_have_the_shape_T_B_Q(cell):
+    outputs, _ = CELLS[cell](torch.randn(T, B, D), init_state(cell, B, h), new_params(cell))
+    assert outputs.shape == (T, B, Q)
+
+
+H_SHAPE = (B, h)
+LSTM_SHAPES = (H_SHAPE, H_SHAPE)
+STATE_SHAPES = [
+    ("rnn", (H_SHAPE,)),
+    ("gru", (H_SHAPE,)),
+    ("lstm", LSTM_SHAPES),
+    ("bi_lstm", (LSTM_SHAPES, LSTM_SHAPES)),
+]
+
+
+@pytest.mark.parametrize(("cell", "expected"), STATE_SHAPES)
+def test_the_first_and_the_last_state_have_the_same_shapes(cell, expected):
+    first_state = init_state(cell, B, h)
+    _, last_state = CELLS[cell](torch.randn(T, B, D), first_state, new_params(cell))
+    assert shapes(first_state) == expected
+    assert shapes(last_state) == expected
+
+
+def test_the_first_state_is_zero():
+    H, C = init_state("lstm", B, h)
+    assert not H.any()
+    assert not C.any()
+
+
+# --- two steps by hand --------------------------------------------------------------------------
+
+# One sequence, one input, one unit, one output: X = 1, then X = -2. s is the logistic sigmoid.
+INPUTS = torch.tensor([[[1.0]], [[-2.0]]])
+W_HQ = torch.tensor([[2.0]])
+B_Q = torch.tensor([-1.0])
+
+
+def gate(W_x, W_h, b):
+    return [torch.tensor([[W_x]]), torch.tensor([[W_h]]), torch.tensor([b])]
+
+
+LSTM_GATES = [
+    *gate(W_x=0.6, W_h=-0.4, b=0.2),  # input gate
+    *gate(W_x=-0.5, W_h=0.8, b=0.3),  # forget gate
+    *gate(W_x=0.3, W_h=0.5, b=-0.2),  # output gate
+    *gate(W_x=0.7, W_h=0.9, b=-0.1),  # candidate
+]
+
+
+def assert_numbers(tensors, expected):
+    numbers = torch.cat([tensor.flatten() for tensor in tensors])
+    assert numbers.tolist() == pytest.approx(expected, abs=5e-5)
+
+
+def test_two_steps_of_the_rnn_by_hand():
+    H = torch.tensor([[0.5]])
+    params = [*gate(W_x=0.5, W_h=0.4, b=0.1), W_HQ, B_Q]
+    outputs, (H,) = rnn(INPUTS, (H,), params)
+    # H = tanh(0.5 * 1 + 0.4 * 0.5 + 0.1) = tanh(0.8) = 0.66404;  Y = 2 H - 1 = 0.32808
+    # H = tanh(0.5 * -2 + 0.4 * 0.66404 + 0.1) = tanh(-0.63438) = -0.56106;  Y = -2.12212
+    assert_numbers(outputs, [0.32808, -2.12212])
+    assert_numbers(H, [-0.56106])
+
+
+def test_two_steps_of_the_gru_by_hand():
+    H = torch.tensor([[0.5]])
+    update_gate = gate(W_x=0.6, W_h=-0.4, b=0.2)
+    reset_gate = gate(W_x=-0.5, W_h=0.8, b=0.3)
+    candidate = gate(W_x=0.7, W_h=0.9, b=-0.1)
+    outputs, (H,) = gru(INPUTS, (H,), [*update_gate, *reset_gate, *candidate, W_HQ, B_Q])
+    # Z = s(0.6 * 1 - 0.4 * 0.5 + 0.2) = s(0.6) = 0.64566
+    # R = s(-0.5 * 1 + 0.8 * 0.5 + 0.3) = s(0.2) = 0.54983
+    # H~ = tanh(0.7 * 1 + 0.9 * (0.54983 * 0.5) - 0.1) = tanh(0.84743) = 0.68972
+    # H = 0.64566 * 0.5 + (1 - 0.64566) * 0.68972 = 0.56723;  Y = 2 H - 1 = 0.13446
+    # Z = s(0.6 * -2 - 0.4 * 0.56723 + 0.2) = s(-1.22689) = 0.22673
+    # R = s(-0.5 * -2 + 0.8 * 0.56723 + 0.3) = s(1.75378) = 0.85243
+    # H~ = tanh(0.7 * -2 + 0.9 * (0.85243 * 0.56723) - 0.1) = tanh(-1.06483) = -0.78751
+    # H = 0.22673 * 0.56723 + (1 - 0.22673) * -0.78751 = -0.48035;  Y = -1.96070
+    assert_numbers(outputs, [0.13446, -1.96070])
+    assert_numbers(H, [-0.48035])
+
+
+def test_two_steps_of_the_lstm_by_hand():
+    H = torch.tensor([[0.5]])
+    C = torch.tensor([[-1.0]])
+    outputs, (H, C) = lstm(INPUTS, (H, C), [*LSTM_GATES, W_HQ, B_Q])
+    # I = s(0.6 * 1 - 0.4 * 0.5 + 0.2) = s(0.6) = 0.64566
+    # F = s(-0.5 * 1 + 0.8 * 0.5 + 0.3) = s(0.2) = 0.54983
+    # O = s(0.3 * 1 + 0.5 * 0.5 - 0.2) = s(0.35) = 0.58662
+    # C~ = tanh(0.7 * 1 + 0.9 * 0.5 - 0.1) = tanh(1.05) = 0.78181
+    # C = 0.54983 * -1 + 0.64566 * 0.78181 = -0.04506
+    # H = 0.58662 * tanh(-0.04506) = -0.02641;  Y = 2 H - 1 = -1.05282
+    # I = s(-0.98943) = 0.27102;  F = s(1.27887) = 0.78226
+    # O = s(-0.81321) = 0.30721;  C~ = tanh(-1.52377) = -0.90935
+    # C = 0.78226 * -0.04506 - 0.27102 * 0.90935 = -0.28170
+    # H = 0.30721 * tanh(-0.28170) = -0.08432;  Y = -1.16864
+    assert_numbers(outputs, [-1.05282, -1.16864])
+    assert_numbers([H, C], [-0.08432, -0.28170])
+
+
+def test_two_steps_of_the_bi_lstm_by_hand():
+    state_f = (torch.tensor([[0.5]]), torch.tensor([[-1.0]]))
+    state_b = (torch.tensor([[0.4]]), torch.tensor([[0.6]]))
+    W_hq = torch.tensor([[2.0], [3.0]])
+    params = [*LSTM_GATES, *LSTM_GATES, W_hq, B_Q]
+    outputs, (state_f, state_b) = bi_lstm(INPUTS, (state_f, state_b), params)
+    # Forward as above: H = -0.02641, then -0.08432. Backward it reads X = -2, then X = 1:
+    # I = s(-1.16) = 0.23867;  F = s(1.62) = 0.83480;  O = s(-0.6) = 0.35434
+    # C~ = tanh(-1.14) = -0.81441;  C_b = 0.30650;  H_b = 0.35434 * 0.29725 = 0.10533
+    # I = s(0.75787) = 0.68089;  F = s(-0.11574) = 0.47110;  O = s(0.15266) = 0.53809
+    # C~ = tanh(0.69480) = 0.60105;  C_b = 0.55365;  H_b = 0.53809 * 0.50325 = 0.27079
+    # Y = 2 H + 3 H_b - 1 = -0.05282 + 0.81237 - 1, then -0.16864 + 0.31599 - 1
+    assert_numbers(outputs, [-0.24045, -0.85265])
+    assert_numbers(state_f, [-0.08432, -0.28170])
+    assert_numbers(state_b, [0.27079, 0.55365])
+
+
+# --- torch's own layers, and NumPy where torch has another function ------------------------------
+
+
+def lecture_params(layer, head, order):
+    """The lecture's parameter list, cut out of torch's weights; order: where its gates lie there."""
+    params = []
+    for W_x, W_h, b_x, b_h in layer.all_weights:  # of each direction
+        for gate in order:
+            rows = slice(gate * h, gate * h + h)
+            params += [W_x[rows].T, W_h[rows].T, b_x[rows] + b_h[rows]]
+    return [*params, head.weight.T, head.bias]
+
+
+def assert_same_values_and_gradients(ours, theirs, leaves):
+    torch.testing.assert_close(ours, theirs)
+    our_loss = sum(values.square().sum() for values in ours)
+    their_loss = sum(values.square().sum() for values in theirs)
+    our_gradients = torch.autograd.grad(our_loss, leaves)
+    torch.testing.assert_close(our_gradients, torch.autograd.grad(their_loss, leaves))
+
+
+def test_the_rnn_is_torchs_rnn():
+    layer = nn.RNN(D, h).double()
+    head = nn.Linear(h, Q).double()
+    inputs = random(T, B, D).requires_grad_()
+    H_0 = random(1, B, h).requires_grad_()
+    outputs, (H,) = rnn(inputs, (H_0[0],), lecture_params(layer, head, order=[0]))
+    states, last = layer(inputs, H_0)
+    leaves = [inputs, H_0, *layer.parameters(), *head.parameters()]
+    assert_same_values_and_gradients([outputs, H], [head(states), last[0]], leaves)
+
+
+def test_the_lstm_is_torchs_lstm():
+    layer = nn.LSTM(D, h).double()
+    head = nn.Linear(h, Q).double()
+    inputs = random(T, B, D).requires_grad_()
+    H_0 = random(1, B, h).requires_grad_()
+    C_0 = random(1, B, h).requires_grad_()
+    params = lecture_params(layer, head, order=[0, 1, 3, 2])  # torch: input, forget, candidate, output
+    outputs, (H, C) = lstm(inputs, (H_0[0], C_0[0]), params)
+    states, (last_H, last_C) = layer(inputs, (H_0, C_0))
+    ours = [outputs, H, C]
+    leaves = [inputs, H_0, C_0, *layer.parameters(), *head.parameters()]
+    assert_same_values_and_gradients(ours, [head(states), last_H[0], last_C[0]], leaves)
+
+
+def test_the_bi_lstm_is_torchs_bidirectional_lstm():
+    layer = nn.LSTM(D, h, bidirectional=True).double()
+    head = nn.Linear(2 * h, Q).double()
+    inputs = random(T, B, D).requires_grad_()
+    H_0 = random(2, B, h).requires_grad_()
+    C_0 = random(2, B, h).requires_grad_()
+    state = ((H_0[0], C_0[0]), (H_0[1], C_0[1]))
+    params = lecture_params(layer, head, order=[0, 1, 3, 2])
+    outputs, ((H, C), (H_b, C_b)) = bi_lstm(inputs, state, params)
+    states, (last_H, last_C) = layer(inputs, (H_0, C_0))
+    ours = [outputs, H, H_b, C, C_b]
+    leaves = [inputs, H_0, C_0, *layer.parameters(), *head.parameters()]
+    assert_same_values_and_gradients(ours, [head(states), *last_H, *last_C], leaves)
+
+
+def test_the_gru_is_torchs_gru_where_W_hh_is_diagonal():
+    # (R * H) W_hh is then R * (H W_hh), which torch computes.
+    layer = nn.GRU(D, h).double()
+    head = nn.Linear(h, Q).double()
+    layer.weight_hh_l0.data[2 * h :] *= torch.eye(h)
+    layer.bias_hh_l0.data.zero_()
+    inputs = random(T, B, D).requires_grad_()
+    H_0 = random(1, B, h).requires_grad_()
+    params = lecture_params(layer, head, order=[1, 0, 2])  # torch: reset, update, candidate
+    outputs, (H,) = gru(inputs, (H_0[0],), params)
+    states, last = layer(inputs, H_0)
+    assert_same_values_and_gradients([outputs, H], [head(states), last[0]], [inputs, H_0])
+
+
+def sigmoid(A):
+    return 1 / (1 + np.exp(-A))
+
+
+def test_the_gru_is_its_numpy_rederivation():
+    inputs = random(T, B, D)
+    H = random(B, h)
+    params = [torch.randn_like(param).double() for param in new_params("gru")]
+    outputs, (last_H,) = gru(inputs, (H,), params)
+    W_xz, W_hz, b_z, W_xr, W_hr, b_r, W_xh, W_hh, b_h, W_hq, b_q = map(np.asarray, params)
+    H = H.numpy()
+    for X, Y in zip(inputs.numpy(), outputs.numpy(), strict=True):
+        Z = sigmoid(X @ W_xz + H @ W_hz + b_z)
+        R = sigmoid(X @ W_xr + H @ W_hr + b_r)
+        H_tilde = np.tanh(X @ W_xh + (R * H) @ W_hh + b_h)
+        H = Z * H + (1 - Z) * H_tilde
+        np.testing.assert_allclose(Y, H @ W_hq + b_q, rtol=1e-10)
+    np.testing.assert_allclose(last_H, H, rtol=1e-10)
+
+
+def test_no_module_uses_torchs_recurrent_layers_or_scikit_learn():
+    layers = r"\bnn\.(RNN|GRU|LSTM)[^ ]|\b(torch|_VF|aten)\.(rnn_|gru|lstm)|sklearn"
+    root = Path(rnn_models.__file__).parent
+    for path in [*root.glob("*.py"), *root.glob("support/*.py")]:
+        assert not re.search(layers, path.read_text(encoding="utf-8")), path
+
+
+# --- padded sequences ---------------------------------------------------------------------------
+
+
+def test_reverse_leaves_the_padding_in_its_place():
+    sequence = torch.tensor([5, 6, 7, 8]).view(4, 1, 1)
+    assert reverse(sequence).flatten().tolist() == [8, 7, 6, 5]
+    assert reverse(sequence, torch.tensor([2])).flatten().tolist() == [6, 5, 7, 8]
+
+
+def test_a_padded_sequence_has_the_outputs_that_it_has_alone():
+    params = new_params("bi_lstm")
+    inputs = torch.randn(T, 2, D)
+    lengths = torch.tensor([T, 3])
+    outputs, _ = bi_lstm(inputs, init_state("bi_lstm", 2, h), params, lengths=lengths)
+    alone, _ = bi_lstm(inputs[:3, 1:], init_state("bi_lstm", 1, h), params)
+    torch.testing.assert_close(outputs[:3, 1:], alone)
+
+
+# Two texts of 2 and 3 steps; the states' second number is that of the backward direction.
+STATES = torch.tensor([[[-1.0, 5.0], [1.0, 2.0]], [[-3.0, 2.0], [3.0, 4.0]], [[9.0, 9.0], [5.0, 0.0]]])
+LENGTHS = torch.tensor([2, 3])
+
+
+def test_pooling_by_the_last_state_by_hand():
+    assert pool_states(STATES, LENGTHS, "last").tolist() == [[-3, 2], [5, 0]]
+
+
+def test_the_backward_direction_has_its_last_state_at_the_first_step():
+    pooled = pool_states(STATES, LENGTHS, "last", bidirectional=True)
+    assert pooled.tolist() == [[-3, 5], [5, 2]]
+
+
+def test_pooling_by_the_mean_by_hand():
+    assert pool_states(STATES, LENGTHS, "mean").tolist() == [[-2, 3.5], [3, 2]]
+
+
+def test_pooling_by_the_maximum_by_hand():
+    assert pool_states(STATES, LENGTHS, "max").tolist() == [[-1, 5], [5, 4]]
+
+
+def test_an_unknown_way_of_pooling_is_refused():
+    with pytest.raises(ValueError, match="last, mean, max, not 'sum'"):
+        pool_states(STATES, LENGTHS, "sum")
+
+
+# --- parameters ---------------------------------------------------------------------------------
+
+RNN_NAMES = "W_xh W_hh b_h W_hq b_q"
+GRU_NAMES = "W_xz W_hz b_z W_xr W_hr b_r W_xh W_hh b_h W_hq b_q"
+FORWARD = "W_xi W_hi b_i W_xf W_hf b_f W_xo W_ho b_o W_xc W_hc b_c"
+BACKWARD = "W_xi_b W_hi_b b_i_b W_xf_b W_hf_b b_f_b W_xo_b W_ho_b b_o_b W_xc_b W_hc_b b_c_b"
+NAMES = [
+    ("rnn", RNN_NAMES),
+    ("gru", GRU_NAMES),
+    ("lstm", f"{FORWARD} W_hq b_q"),
+    ("bi_lstm", f"{FORWARD} {BACKWARD} W_hq b_q"),
+]
+
+
+@pytest.mark.parametrize(("cell", "names"), NAMES)
+def test_the_parameters_have_their_names_in_the_order_of_the_loop(cell, names):
+    assert param_names(cell) == names.split()
+    assert list(new_recurrence(cell).state_dict()) == names.split()
+
+
+def named_params(cell, beginning):
+    """The first parameters whose names begin so, for 50 inputs, 16 units and 40 outputs."""
+    params = init_params(cell, num_inputs=50, num_hiddens=16, num_outputs=40)
+    named = zip(param_names(cell), params, strict=True)
+    return {name: param for name, param in named if name.startswith(beginning)}
+
+
+@all_cells
+def test_weights_of_inputs_and_outputs_are_uniform_within_1_over_the_root_of_h(cell):
+    for W in named_params(cell, beginning=("W_x", "W_hq")).values():
+        assert -0.25 <= W.min() < -0.24  # 1 / sqrt(16) = 0.25
+        assert 0.24 < W.max() <= 0.25
+
+
+@all_cells
+def test_weights_of_states_are_orthogonal(cell):
+    weights = named_params(cell, beginning="W_h")
+    del weights["W_hq"]
+    for W in weights.values():
+        torch.testing.assert_close(W @ W.T, torch.eye(16), rtol=0, atol=1e-5)
+
+
+@all_cells
+def test_biases_are_0_and_those_of_forget_gates_1(cell):
+    for name, b in named_params(cell, beginning="b_").items():
+        expected = 1 if name in ("b_f", "b_f_b") else 0
+        assert (b == expected).all()
+
+
+@all_cells
+def test_all_parameters_require_gradients(cell):
+    assert all(param.requires_grad for param in new_params(cell))
+
+
+def test_an_unknown_cell_is_refused():
+    with pytest.raises(ValueError, match="rnn, gru, lstm, bi_lstm, not 'LSTM'"):
+        init_state("LSTM", B, h)
+    with pytest.raises(ValueError, match="rnn, gru, lstm, bi_lstm, not 'LSTM'"):
+        new_recurrence("LSTM")
+
+
+def test_a_size_below_1_is_refused():
+    with pytest.raises(ValueError, match="at least 1"):
+        init_params("rnn", num_inputs=1, num_hiddens=0, num_outputs=1)
+
+
+# --- clipping -----------------------------------------------------------------------------------
+
+
+def params_with_gradients(first, second):
+    params = [torch.zeros(2, requires_grad=True), torch.zeros(2, requires_grad=True)]
+    params[0].grad = torch.tensor(first)
+    params[1].grad = torch.tensor(second)
+    return params
+
+
+@pytest.mark.parametrize(("theta", "factor"), [(6.5, 0.5), (12.99, 12.99 / 13), (13.01, 1)])
+def test_clipping_scales_the_joint_norm_of_13_down_to_theta(theta, factor):
+    params = params_with_gradients([3.0, 0.0], [-4.0, 12.0])
+    norm = grad_clipping(params, theta)
+    assert norm.item() == pytest.approx(13)  # the root of 9 + 16 + 144
+    assert params[0].grad.tolist() == pytest.approx([3 * factor, 0])
+    assert params[1].grad.tolist() == pytest.approx([-4 * factor, 12 * factor])
+
+
+def test_clipping_leaves_gradients_of_zero():
+    params = params_with_gradients([0.0, 0.0], [0.0, 0.0])
+    assert grad_clipping(params, theta=1).item() == 0
+    assert params[0].grad.tolist() == [0, 0]
+
+
+def test_clipping_skips_a_parameter_without_a_gradient():
+    params = params_with_gradients([3.0, 0.0], [-4.0, 12.0])
+    params[1].grad = None
+    assert grad_clipping(params, theta=1).item() == 3
+    assert grad_clipping(params[1:], theta=1).item() == 0
+    assert params[1].grad is None
+
+
+@pytest.mark.parametrize("theta", [0, -1, float("nan")])
+def test_clipping_refuses_a_theta_that_is_not_above_0(theta):
+    with pytest.raises(ValueError, match="above 0"):
+        grad_clipping([], theta)
+
+
+# --- Recurrence: what a reader sees is what runs --------------------------------------------------
+
+
+@all_cells
+def test_a_recurrence_is_its_cells_loop_from_the_zero_state(cell):
+    recurrence = new_recurrence(cell)
+    inputs = torch.randn(T, B, D)
+    outputs = recurrence.output(recurrence(inputs))
+    expected, _ = CELLS[cell](inputs, init_state(cell, B, h), recurrence.params)
+    torch.testing.assert_close(outputs, expected)
+
+
+def test_a_recurrence_hands_the_lengths_to_the_bi_lstm():
+    recurrence = new_recurrence("bi_lstm")
+    inputs = torch.randn(T, 2, D)
+    states = recurrence(inputs, lengths=torch.tensor([T, 3]))
+    torch.testing.assert_close(states[:3, 1:], recurrence(inputs[:3, 1:]))
+
+
+@pytest.mark.parametrize("use_fast_form", [True, False])
+def test_inputs_without_a_step_are_refused(use_fast_form):
+    recurrence = new_recurrence("gru")
+    recurrence.use_fast_form = use_fast_form
+    with pytest.raises(ValueError, match="at least one step"):
+        recurrence(torch.zeros(0, B, D))
+
+
+@all_cells
+def test_a_recurrence_draws_the_random_numbers_of_init_params_and_no_others(cell):
+    expected = new_params(cell)
+    expected_next = torch.rand(1)
+    torch.manual_seed(0)
+    params = new_recurrence(cell).params
+    assert torch.rand(1) == expected_next
+    torch.testing.assert_close(params, expected, rtol=0, atol=0)
+
+
+@all_cells
+def test_unedited_cells_use_the_fast_form_and_print_nothing(cell, capsys):
+    assert new_recurrence(cell).use_fast_form
+    assert capsys.readouterr() == ("", "")
+
+
+def assert_one_line_on_stderr(capsys, cell):
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert re.fullmatch(f"{cell}: .*loop.*\n", printed.err)
+
+
+def gru_with_swapped_gates(inputs, state, params):
+    swapped = [*params[3:6], *params[:3], *params[6:]]
+    return gru(inputs, state, swapped)
+
+
+def test_an_edited_gru_is_what_runs(monkeypatch, capsys):
+    monkeypatch.setitem(CELLS, "gru", gru_with_swapped_gates)
+    recurrence = new_recurrence("gru")
+    inputs = torch.randn(T, B, D)
+    outputs = recurrence.output(recurrence(inputs))
+    expected, _ = gru_with_swapped_gates(inputs, init_state("gru", B, h), recurrence.params)
+    torch.testing.assert_close(outputs, expected)
+    assert_one_line_on_stderr(capsys, "gru")
+
+
+def lstm_with_doubled_outputs(inputs, state, params):
+    outputs, state = lstm(inputs, state, params)
+    return 2 * outputs, state
+
+
+def test_an_edited_lstm_changes_the_bi_lstm(monkeypatch, capsys):
+    inputs = torch.randn(T, B, D)
+    recurrence = new_recurrence("bi_lstm")
+    states = recurrence(inputs)
+    monkeypatch.setattr(rnn_models, "lstm", lstm_with_doubled_outputs)
+    edited = new_recurrence("bi_lstm")
+    edited.load_state_dict(recurrence.state_dict())
+    torch.testing.assert_close(edited(inputs), 2 * states)
+    assert_one_line_on_stderr(capsys, "bi_lstm")
+
+
+def minimal_gated_unit(inputs, state, params):
+    """One gate F that forgets and resets (Zhou et al. 2016)."""
+    W_xf, W_hf, b_f, W_xh, W_hh, b_h, W_hq, b_q = params
+    (H,) = state
+    outputs = []
+    for X in inputs:
+        F = torch.sigmoid(X @ W_xf + H @ W_hf + b_f)
+        H_tilde = torch.tanh(X @ W_xh + (F * H) @ W_hh + b_h)
+        H = (1 - F) * H + F * H_tilde
+        outputs.append(H @ W_hq + b_q)
+    return torch.stack(outputs), (H,)
+
+
+def test_a_new_cell_is_a_function_and_an_entry_in_both_tables(monkeypatch, capsys):
+    monkeypatch.setitem(CELLS, "mgu", minimal_gated_unit)
+    monkeypatch.setitem(GATES, "mgu", "fh")
+    recurrence = new_recurrence("mgu")
+    inputs = torch.randn(T, B, D)
+    optimizer = torch.optim.Adam(recurrence.parameters(), lr=0.05)
+    losses = []
+    for _ in range(5):
+        outputs = recurrence.output(recurrence(inputs))
+        loss = (outputs - 1).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    assert all(param.grad.any() for param in recurrence.parameters())
+    assert_one_line_on_stderr(capsys, "mgu")
