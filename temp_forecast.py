@@ -450,7 +450,7 @@ def train(args, config, weather, base, device):
     residuals = (weather.truth(starts) - corrected) / unit
     residuals = torch.from_numpy(residuals).float().to(device)  # (n, horizon)
     inputs = torch.from_numpy(base.view.inputs(weather)).float().to(device)  # (N, D)
-    past = torch.from_numpy(weather.past(starts))  # (n, known)
+    past = torch.from_numpy(weather.past(starts)).to(device)  # (n, known)
     stride = min(3, weather.steps_a_day)  # three hours, or a day
     batches_an_epoch = math.ceil(len(starts) / stride / args.batch_size)
     num_steps = args.epochs * math.ceil(batches_an_epoch / runs.world_size())
@@ -471,8 +471,9 @@ def train(args, config, weather, base, device):
         windows = torch.arange(int(torch.randint(stride, ())), len(starts), stride)
         shuffled = windows[torch.randperm(len(windows))]
         for rows in run.progress(shuffled.split(args.batch_size)):
-            X = inputs[past[rows].T.to(device)]  # (known, B, D)
-            Y = residuals[rows.to(device)]  # (B, horizon)
+            rows = rows.to(device, non_blocking=True)  # a GPU's earlier steps are not waited for
+            X = inputs[past[rows].T]  # (known, B, D)
+            Y = residuals[rows]  # (B, horizon)
             loss = (parallel_model(X) - Y).abs().mean() * unit
             optimizer.zero_grad()
             loss.backward()

@@ -227,8 +227,8 @@ class Corpus:
         lengths = self.lengths[rows]
         T = int(lengths.max())
         steps = torch.arange(T, device=self.device)[:, None]  # (T, 1)
-        rows = rows.to(self.device)
-        lengths = lengths.to(self.device)
+        rows = rows.to(self.device, non_blocking=True)  # a GPU's earlier steps are not waited for
+        lengths = lengths.to(self.device, non_blocking=True)
         is_padding = steps >= lengths  # (T, B)
         index = torch.where(is_padding, 0, self.first_tokens[rows] + steps)  # (T, B)
         tokens = self.ids[index].masked_fill(is_padding[:, :, None], PAD)
@@ -293,7 +293,7 @@ def hide_words(tokens, share):
     tokens = tokens.clone()
     words = tokens[:, :, 0]  # a view; the word is the first aspect
     is_hidden = torch.rand(words.shape, device=words.device) < share
-    words[is_hidden] = UNK  # padding, too, which nobody reads
+    words.masked_fill_(is_hidden, UNK)  # padding, too, which nobody reads
     return tokens
 
 
