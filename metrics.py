@@ -5,13 +5,14 @@ import numpy as np
 
 def _checked(y_true, y_pred, kind):
     """Both arguments as arrays; ValueError if they are empty, unlike in shape, or not finite."""
-    y_true, y_pred = np.asarray(y_true), np.asarray(y_pred)
+    y_true = np.asarray(y_true)
+    y_pred = np.asarray(y_pred)
     if y_true.shape != y_pred.shape or y_true.size == 0:
         shapes = f"{y_true.shape} and {y_pred.shape}"
         raise ValueError(f"y_true and y_pred are empty or differ in shape: {shapes}")
-    for name, values in (("y_true", y_true), ("y_pred", y_pred)):
+    for values in (y_true, y_pred):
         if not np.issubdtype(values.dtype, kind) or not np.isfinite(values).all():
-            raise ValueError(f"{name} must hold finite values of type {kind.__name__}")
+            raise ValueError(f"y_true and y_pred must hold finite values of type {kind.__name__}")
     return y_true, y_pred
 
 
@@ -24,12 +25,15 @@ def confusion_matrix(y_true, y_pred, num_classes):
     y_true, y_pred = _checked(y_true, y_pred, np.integer)
     if y_true.ndim != 1:
         raise ValueError(f"labels must be a vector, not of shape {y_true.shape}")
-    if min(y_true.min(), y_pred.min()) < 0 or max(y_true.max(), y_pred.max()) >= num_classes:
+    lowest = min(y_true.min(), y_pred.min())
+    highest = max(y_true.max(), y_pred.max())
+    if lowest < 0 or highest >= num_classes:
         raise ValueError(f"labels must lie in 0..{num_classes - 1}")
     # The pair (truth, prediction) is one number in base K, so one count of N numbers fills the
     # matrix. int64 first: K * truth would overflow a small integer type.
     pairs = num_classes * y_true.astype(np.int64) + y_pred.astype(np.int64)
-    return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
+    counts = np.bincount(pairs, minlength=num_classes**2)
+    return counts.reshape(num_classes, num_classes)
 
 
 def _checked_matrix(matrix):
@@ -60,20 +64,26 @@ def precision_recall_f1(matrix, average=None):
     Raises ValueError for another average, and for a matrix that is not square or holds no counts.
     """
     matrix = _checked_matrix(matrix)
-    hits, support, predicted = np.diagonal(matrix), matrix.sum(axis=1), matrix.sum(axis=0)
-    # Where a denominator is 0 the numerator is 0 too: the score stays at the 0 of `out`.
-    fractions = ((hits, predicted), (hits, support), (2 * hits, predicted + support))
-    scores = [
-        np.divide(numerator, denominator, out=np.zeros(len(matrix)), where=denominator > 0)
-        for numerator, denominator in fractions
-    ]
+    hits = np.diagonal(matrix)  # TP of each class
+    support = matrix.sum(axis=1)  # how often it is present
+    predicted = matrix.sum(axis=0)  # how often it is predicted
+    precision = _quotient(hits, predicted)
+    recall = _quotient(hits, support)
+    f1 = _quotient(2 * hits, support + predicted)
+    scores = (precision, recall, f1)
     if average is None:
-        return tuple(scores)
+        return scores
     if average == "macro":
         return tuple(float(score.mean()) for score in scores)
     if average == "weighted":
         return tuple(float(score @ support / support.sum()) for score in scores)
     raise ValueError(f'average must be None, "macro" or "weighted", not {average!r}')
+
+
+def _quotient(numerator, denominator):
+    """numerator / denominator, element by element; 0 where the denominator is 0."""
+    quotient = np.zeros(len(numerator))
+    return np.divide(numerator, denominator, out=quotient, where=denominator > 0)
 
 
 def _absolute_errors(y_true, y_pred):

@@ -226,27 +226,27 @@ class Recurrence(nn.Module):
         """
         if len(inputs) == 0:
             raise ValueError("inputs (T, B, D) must have at least one step, not T = 0")
+        _, B, _ = inputs.shape
+        state = init_state(self.cell, B, self.num_hiddens, inputs.device, inputs.dtype)
         compute_states = fast_states if self.use_fast_form else loop_states
-        return compute_states(self.cell, inputs, self.params, lengths)
+        return compute_states(self.cell, inputs, state, self.params, lengths)
 
     def output(self, states):
         """Y = H W_hq + b_q: states (..., h) give (..., Q)."""
         return states @ self.W_hq + self.b_q
 
 
-def loop_states(cell, inputs, params, lengths=None):
-    """Hidden states (T, B, h) or (T, B, 2h) from the zero state, by the cell's loop."""
+def loop_states(cell, inputs, state, params, lengths=None):
+    """Hidden states (T, B, h), (T, B, 2h) for "bi_lstm", by the cell's loop."""
     *gates, W_hq, _ = params
-    state = init_state(cell, inputs.shape[1], gates[1].shape[0], inputs.device, inputs.dtype)
     options = [lengths] if num_directions(cell) == 2 else []
     states, _ = hidden_states(CELLS[cell], inputs, state, gates, len(W_hq), *options)
     return states
 
 
-def fast_states(cell, inputs, params, lengths=None):
+def fast_states(cell, inputs, state, params, lengths=None):
     """The same by `bptt`, which takes the directions side by side."""
     gates = params[:-2]
-    state = init_state(cell, inputs.shape[1], gates[1].shape[0], inputs.device, inputs.dtype)
     if num_directions(cell) == 1:
         return bptt.hidden_states(cell, inputs[None], [state], gates)[0]
     both_inputs = torch.stack([inputs, reverse(inputs, lengths)])  # (2, T, B, D)
@@ -270,8 +270,9 @@ def fast_form_agrees(cell):
         lengths = torch.tensor([5, 2, 4])
         params = init_params(cell, num_inputs=2, num_hiddens=4, num_outputs=8)
         params = [torch.randn_like(param, dtype=torch.float64) for param in params]
-    by_loop = loop_states(cell, inputs, params, lengths)
-    by_fast_form = fast_states(cell, inputs, params, lengths)
+    state = init_state(cell, batch_size=3, num_hiddens=4, dtype=torch.float64)
+    by_loop = loop_states(cell, inputs, state, params, lengths)
+    by_fast_form = fast_states(cell, inputs, state, params, lengths)
     agrees = by_loop.shape == by_fast_form.shape and torch.allclose(by_loop, by_fast_form)
     if not agrees:
         print(f"{cell}: the loop was changed; it runs, not the fast form", file=sys.stderr)
@@ -299,7 +300,8 @@ def pool_states(states, lengths, pool, bidirectional=False):
         if not bidirectional:
             return last
         half = width // 2
-        return torch.cat([last[:, :half], states[0, :, half:]], dim=1)  # (B, 2h)
+        first = states[0]  # (B, 2h), where the backward direction ends
+        return torch.cat([last[:, :half], first[:, half:]], dim=1)  # (B, 2h)
     steps = torch.arange(T, device=states.device)[:, None]  # (T, 1)
     is_padding = (steps >= lengths)[:, :, None]  # (T, B, 1)
     if pool == "mean":

@@ -67,7 +67,8 @@ def draw_confusion(path, matrix, classes, title):
     size = min(max(5.5, 0.62 * len(classes)), 19)
     figure = new_figure(size + 1, size)
     axes = figure.subplots()
-    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    support = matrix.sum(axis=1, keepdims=True)
+    shares = matrix / np.maximum(support, 1)
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, label="share of the true class", shrink=0.8)
     axes.set(xlabel="predicted", ylabel="truth", title=title)
@@ -130,11 +131,13 @@ def draw_lead_time(path, hours, errors, title):
     """Mean and median error by hours ahead; errors {name: (n, horizon) absolute errors, degC}."""
     figure = new_figure(10.4, 3.8)
     mean_axes, median_axes = figure.subplots(1, 2)
-    for name, values in reversed(errors.items()):  # the model, first, is drawn on top
-        mean_axes.plot(hours, values.mean(axis=0), ".-", markersize=4, label=name)
-        median_axes.plot(hours, np.median(values, axis=0), ".-", markersize=4, label=name)
     mean_axes.set_title(f"mean {title}")
     median_axes.set_title(f"median {title}")
+    for name, values in reversed(errors.items()):  # the model, first, is drawn on top
+        means = values.mean(axis=0)
+        medians = np.median(values, axis=0)
+        mean_axes.plot(hours, means, ".-", label=name)
+        median_axes.plot(hours, medians, ".-", label=name)
     for axes in (mean_axes, median_axes):
         axes.set_xlabel("hours ahead")
         axes.set_ylabel("degC")
