@@ -71,7 +71,7 @@ def parse_args(arguments=None):
     add("--batch-size", type=count, default=128, help="windows in one step")
     add("--lr", type=positive, default=2e-3, help="learning rate of AdamW")
     add("--fall-steps", type=count_or_0, default=660, help=options.FALL_HELP)
-    add("--weight-decay", type=positive, default=1e-4, help="weight decay of AdamW")
+    add("--weight-decay", type=options.decay, default=1e-4, help="weight decay of AdamW")
     add("--clip", type=positive, default=1.0, help="largest norm of the gradient")
     add("--average", type=share, default=0.99, help="decay of the weights' moving average")
     add("--checkpoint", type=Path, help="the best.pt of an earlier run, for --predict")
@@ -476,12 +476,13 @@ def train(args, config, weather, base, device):
             Y = residuals[rows]  # (B, horizon)
             loss = (parallel_model(X) - Y).abs().mean() * unit
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # back-propagation through time
             grad_clipping(model.parameters(), args.clip)
             optimizer.step()
-            schedule.step()
+            schedule.step()  # the next step's rate
             average.update_parameters(model)
         runs.check_finite(model, epoch)
+        # The epoch with the least validation error is the one that is tested.
         scores = validate(average.module, weather, base)
         run.end_epoch(scores, score=-scores["validation_mean_error"])
 

@@ -48,7 +48,6 @@ PRESETS = {"lab": {  # the plain setting of the lab
     "weight_decay": 1e-4, "average": 0.0, "label_smoothing": 0.0, "word_dropout": 0.0,
 }}  # fmt: skip
 
-
 TOKENS_HELP = "jieba's words, or characters and beside each the word that it is in"
 PREDICT_HELP = "classify this text, - each line of the input; --predict=TEXT if it begins with -"
 
@@ -79,7 +78,7 @@ def parse_args(arguments=None):
     add("--batch-size", type=count, default=64, help="texts in one step")
     add("--lr", type=positive, default=4e-3, help="learning rate of AdamW")
     add("--fall-steps", type=count_or_0, default=3500, help=options.FALL_HELP)
-    add("--weight-decay", type=positive, default=0.2, help="weight decay of AdamW")
+    add("--weight-decay", type=options.decay, default=0.2, help="weight decay of AdamW")
     add("--clip", type=positive, default=1.0, help="largest norm of the gradient")
     add("--average", type=share, default=0.998, help="decay of the weights' moving average")
     add("--checkpoint", type=Path, nargs="+", help="best.pt of earlier runs, for --predict")
@@ -333,16 +332,17 @@ def train(args, config, reviews, corpus):
         model.train()
         for rows in run.progress(corpus.shuffled(train_rows, args.batch_size)):
             tokens, lengths, labels = corpus.batch(rows)
-            tokens = hide_words(tokens, args.word_dropout)
+            tokens = hide_words(tokens, args.word_dropout)  # so that the characters count, too
             logits = parallel_model(tokens, lengths)  # (B, K)
             loss = F.cross_entropy(logits, labels, label_smoothing=args.label_smoothing)
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # back-propagation through time
             grad_clipping(model.parameters(), args.clip)
             optimizer.step()
-            schedule.step()
+            schedule.step()  # the next step's rate
             average.update_parameters(model)
         runs.check_finite(model, epoch)
+        # The epoch with the best validation macro-F1 is the one that is tested.
         scores = validate(average.module, corpus, reviews, curve_rows)
         run.end_epoch(scores, score=scores["validation_f1_macro"])
 

@@ -46,6 +46,7 @@ count = number(int, 1, 10**9)
 count_or_0 = number(int, 0, 10**9)
 positive = number(float, 1e-12, 1e12)
 share = number(float, 0.0, 0.999)
+decay = number(float, 0.0, 1000.0)
 
 PATIENCE_HELP = "stop after so many epochs without a better validation score; 0: never"
 FALL_HELP = "steps in which the rate rises and falls to a twentieth; 0: constant rate"
