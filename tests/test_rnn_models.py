@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import nn, tensor
 from torch.testing import assert_close
 
 import rnn_models
@@ -78,15 +78,15 @@ def test_the_first_state_is_zero():
 # --- two steps by hand --------------------------------------------------------------------------
 
 # One sequence, one input, one unit, one output: X = 1, then X = -2. s is the logistic sigmoid.
-INPUTS = torch.tensor([[[1.0]], [[-2.0]]])
-H_0 = torch.tensor([[0.5]])
-C_0 = torch.tensor([[-1.0]])
-W_HQ = torch.tensor([[2.0]])
-B_Q = torch.tensor([-1.0])
+INPUTS = tensor([[[1.0]], [[-2.0]]])
+H_0 = tensor([[0.5]])
+C_0 = tensor([[-1.0]])
+W_HQ = tensor([[2.0]])
+B_Q = tensor([-1.0])
 
 
 def gate(W_x, W_h, b):
-    return [torch.tensor([[W_x]]), torch.tensor([[W_h]]), torch.tensor([b])]
+    return [tensor([[W_x]]), tensor([[W_h]]), tensor([b])]
 
 
 LSTM_GATES = [
@@ -97,8 +97,8 @@ LSTM_GATES = [
 ]
 
 
-def assert_numbers(tensors, expected):
-    numbers = [tensor.item() for tensor in tensors]
+def assert_numbers(values, expected):
+    numbers = [value.item() for value in values]
     assert numbers == pytest.approx(expected, abs=5e-5)
 
 
@@ -145,8 +145,8 @@ def test_two_steps_of_the_lstm_by_hand():
 
 
 def test_two_steps_of_the_bi_lstm_by_hand():
-    state_b = (torch.tensor([[0.4]]), torch.tensor([[0.6]]))
-    W_hq = torch.tensor([[2.0], [3.0]])
+    state_b = (tensor([[0.4]]), tensor([[0.6]]))
+    W_hq = tensor([[2.0], [3.0]])
     params = [*LSTM_GATES, *LSTM_GATES, W_hq, B_Q]
     outputs, (state_f, state_b) = bi_lstm(INPUTS, ((H_0, C_0), state_b), params)
     # Forward as above: H = -0.02641, then -0.08432. Backward it reads X = -2, then X = 1:
@@ -251,7 +251,7 @@ def test_no_module_uses_torchs_recurrent_layers_or_scikit_learn():
 def test_reverse_leaves_the_padding_in_its_place():
     sequence = torch.arange(4).view(4, 1, 1)
     assert reverse(sequence).flatten().tolist() == [3, 2, 1, 0]
-    assert reverse(sequence, torch.tensor([2])).flatten().tolist() == [1, 0, 2, 3]
+    assert reverse(sequence, tensor([2])).flatten().tolist() == [1, 0, 2, 3]
 
 
 @pytest.mark.parametrize("use_fast_form", [True, False])
@@ -259,16 +259,14 @@ def test_a_padded_sequence_has_the_states_that_it_has_alone(use_fast_form):
     recurrence = new_recurrence("bi_lstm")
     recurrence.use_fast_form = use_fast_form
     inputs = torch.randn(T, 2, D)
-    states = recurrence(inputs, torch.tensor([T, 3]))
+    states = recurrence(inputs, tensor([T, 3]))
     alone = recurrence(inputs[:3, 1:])
     assert_close(states[:3, 1:], alone)
 
 
 # Two texts of 2 and 3 steps; the states' second number is that of the backward direction.
-STATES = torch.tensor(
-    [[[-1.0, 5.0], [1.0, 2.0]], [[-3.0, 2.0], [3.0, 4.0]], [[9.0, 9.0], [5.0, 0.0]]]
-)
-LENGTHS = torch.tensor([2, 3])
+STATES = tensor([[[-1.0, 5.0], [1.0, 2.0]], [[-3.0, 2.0], [3.0, 4.0]], [[9.0, 9.0], [5.0, 0.0]]])
+LENGTHS = tensor([2, 3])
 
 
 def test_pooling_by_the_last_state_by_hand():
@@ -344,8 +342,8 @@ def test_a_size_below_1_is_refused():
 
 def params_with_gradients():
     params = [torch.zeros(2), torch.zeros(2)]
-    params[0].grad = torch.tensor([3.0, 0.0])
-    params[1].grad = torch.tensor([-4.0, 12.0])
+    params[0].grad = tensor([3.0, 0.0])
+    params[1].grad = tensor([-4.0, 12.0])
     return params
 
 

@@ -1,0 +1,179 @@
+"""The command line of both scripts: numbers, presets, --predict, the device, the way out."""
+
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+import temp_forecast
+import text_classify
+from support import options
+from support.files import UserError
+
+WRONG_NUMBERS = "--epochs=0 --epochs=1.5 --seed=-1 --lr=0 --lr=inf --dropout=1 --dropout=nan"
+
+
+@pytest.mark.parametrize("argument", WRONG_NUMBERS.split())
+def test_a_number_out_of_range_is_refused_with_its_option(argument):
+    option, _ = argument.split("=")
+    with pytest.raises(UserError, match=option):
+        text_classify.parse_args([argument])
+
+
+def test_both_ends_of_a_range_are_allowed():
+    convert = options.number(int, 2, 4)
+    assert convert("2") == 2
+    assert convert("4") == 4
+
+
+@pytest.mark.parametrize("script", [text_classify, temp_forecast])
+def test_help_shows_each_default(script, capsys):
+    with pytest.raises(SystemExit):
+        script.parse_args(["--help"])
+    help_text = " ".join(capsys.readouterr().out.split())
+    defaults = vars(script.parse_args([])).values()
+    assert help_text.count("(default: ") == len(defaults)
+    for default in defaults:
+        assert f"(default: {default})" in help_text
+
+
+def test_the_earlier_name_of_a_cell_is_accepted():
+    assert text_classify.parse_args(["--model", "bilstm"]).model == "bi_lstm"
+
+
+# --- presets ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", [text_classify, temp_forecast])
+def test_a_preset_sets_several_options(script):
+    args = script.parse_args(["--preset", "lab"])
+    assert args.lr == 0.001
+    assert args.average == 0
+
+
+@pytest.mark.parametrize("value", [0.5, text_classify.parse_args([]).lr])
+def test_a_typed_option_wins_over_the_preset_even_with_the_ordinary_default(value):
+    args = text_classify.parse_args(["--lr", str(value), "--preset", "lab"])
+    assert args.lr == value
+
+
+# --- prediction ---------------------------------------------------------------------------------
+
+PREDICT = ["--predict", "好", "--checkpoint", "best.pt"]
+
+
+def test_beside_predict_only_checkpoint_and_device_may_be_typed():
+    args = text_classify.parse_args([*PREDICT, "--device", "cpu"])
+    assert args.predict == "好"
+
+
+@pytest.mark.parametrize("arguments", [["--batch-size", "64"], ["--resume"]])
+def test_another_option_beside_predict_is_refused_even_with_its_default(arguments):
+    with pytest.raises(UserError, match=f"^{arguments[0]} has no effect on --predict"):
+        text_classify.parse_args([*PREDICT, *arguments])
+
+
+@pytest.mark.parametrize("arguments", [PREDICT[:2], PREDICT[2:]])
+def test_predict_and_checkpoint_belong_together(arguments):
+    with pytest.raises(UserError, match="belong together"):
+        text_classify.parse_args(arguments)
+
+
+# --- device -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def broken_gpu(monkeypatch):
+    """A GPU that is there, but on which no operation works."""
+    error = RuntimeError("no kernel image\nCompile with another flag")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "ones", Mock(side_effect=error))
+
+
+def test_auto_falls_back_to_the_cpu_with_one_line(broken_gpu, capsys):
+    assert options.pick_device("auto") == torch.device("cpu")
+    stderr = capsys.readouterr().err
+    assert stderr.endswith("no kernel image\n")
+    assert stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:0"])
+def test_a_typed_gpu_that_does_not_work_is_refused(broken_gpu, name):
+    with pytest.raises(UserError, match=f"--device {name} does not work here: no kernel image"):
+        options.pick_device(name)
+
+
+def test_without_a_gpu_auto_is_the_cpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert options.pick_device("auto") == torch.device("cpu")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x"])
+def test_a_name_that_is_no_device_is_refused(name):
+    with pytest.raises(UserError, match="is not one of auto, cpu, cuda, cuda:N"):
+        options.pick_device(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("auto", "cuda:1"), ("cuda", "cuda:1"), ("cuda:0", "cuda:0"), ("cpu", "cpu")],
+)
+def test_each_process_takes_its_own_gpu(monkeypatch, name, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "ones", Mock())
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert options.pick_device(name) == torch.device(expected)
+
+
+# --- the way out --------------------------------------------------------------------------------
+
+
+def exit_status_of(error):
+    """The exit status of a script whose main raises this error."""
+    with pytest.raises(SystemExit) as stop:
+        options.run_script(Mock(side_effect=error))
+    return stop.value.code
+
+
+def test_a_mistake_of_the_user_ends_with_one_line(capsys):
+    assert exit_status_of(UserError("two\nlines")) == 2
+    assert capsys.readouterr().err == "error: two lines\n"
+
+
+def test_an_interrupted_script_tells_how_to_go_on(capsys):
+    assert exit_status_of(KeyboardInterrupt()) == 130
+    assert "--resume" in capsys.readouterr().err
+
+
+FULL_MEMORY = [
+    MemoryError(),  # of NumPy
+    RuntimeError("CUDA out of memory"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    RuntimeError("DefaultCPUAllocator: not enough memory"),  # on Windows
+]
+
+
+@pytest.mark.parametrize("error", FULL_MEMORY)
+def test_a_full_memory_ends_with_advice(error, capsys):
+    assert exit_status_of(error) == 2
+    assert "lower --batch-size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), ValueError("out of range")])
+def test_other_errors_keep_their_traceback(error):
+    with pytest.raises(type(error), match=str(error)):
+        options.run_script(Mock(side_effect=error))
+
+
+def test_a_folder_is_made_and_left_empty(tmp_path):
+    folder = tmp_path / "new" / "runs"
+    options.check_folder(folder)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+    path = tmp_path / "file"
+    path.touch()
+    with pytest.raises(UserError, match="use another --out"):
+        options.check_folder(path / "runs")

@@ -1,0 +1,308 @@
+"""One training's folder, history and checkpoints; the rate; the average; torchrun's processes."""
+
+import argparse
+import os
+import socket
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+from support import run as runs
+from support.files import UserError
+from support.run import Run, load_checkpoint
+
+
+def make_run(folder, inputs=2, sha256="0", **changes):
+    """A run of a small linear model, not yet trained; changes: of its options."""
+    torch.manual_seed(0)
+    model = nn.Linear(inputs, 1)
+    parts = {
+        "model": model,
+        "average": AveragedModel(model, multi_avg_fn=runs.moving_average(0.9)),
+        "optimizer": torch.optim.AdamW(model.parameters(), lr=0.1),
+    }
+    config = {"task": "text", "model": "rnn", "sha256": sha256}
+    options = {"seed": 0, "epochs": 9, "batch_size": 4, "data": "a.csv", "out": "runs"}
+    args = argparse.Namespace(**{**options, **changes})
+    return Run(folder, config, args, parts)
+
+
+def train(run, scores, patience=0):
+    """Train until every score has had its epoch, two steps each; returns the run."""
+    model = run.parts["model"]
+    for epoch in run.epochs(len(scores), patience):
+        for _ in run.progress([1, 2]):
+            run.parts["optimizer"].zero_grad()
+            model(torch.randn(4, 2)).square().mean().backward()
+            run.parts["optimizer"].step()
+            run.parts["average"].update_parameters(model)
+        score = scores[epoch - 1]
+        run.end_epoch({"f1": score}, score)
+    return run
+
+
+def names(folder):
+    """The names of all files in a folder."""
+    return {path.name for path in folder.iterdir()}
+
+
+def assert_equal(states, expected):
+    """Compare the tensors of two state dicts to the last bit."""
+    torch.testing.assert_close(states, expected, rtol=0, atol=0)
+
+
+# --- rate and average of the weights ------------------------------------------------------------
+
+
+def test_the_rate_rises_then_falls_to_a_twentieth():
+    factor = runs.rise_and_fall(24)
+    expected = [12, *range(22, 1, -1), 1.2, 1.2, 1.2]  # of 24; 1.2 is a twentieth
+    assert [24 * factor(step) for step in range(25)] == pytest.approx(expected)
+
+
+def test_a_rate_without_steps_is_constant():
+    factor = runs.rise_and_fall(0)
+    assert factor(0) == factor(1000) == 1
+
+
+def test_the_moving_average_by_hand():
+    model = nn.ParameterList([torch.zeros(1)])
+    average = AveragedModel(model, multi_avg_fn=runs.moving_average(0.15))
+    averages = []
+    for weight in [11, 22, 41]:
+        model[0].data.fill_(weight)
+        average.update_parameters(model)
+        averages.append(average.module[0].item())
+    # A copy; then 1/11 of it stays, as 1/11 < 0.15; then 0.15 of the average stays, as 0.15 < 2/12.
+    assert averages == pytest.approx([11, 11 / 11 + 22 * 10 / 11, 0.15 * 21 + 0.85 * 41])
+
+
+# --- history and best epoch ---------------------------------------------------------------------
+
+
+def test_the_highest_score_is_the_best_and_an_equal_one_is_no_better(tmp_path):
+    run = train(make_run(tmp_path), [0.1, 0.3, 0.3, 0.2])
+    assert run.best["epoch"] == 2
+    assert run.best["score"] == 0.3
+    assert [record["f1"] for record in run.history] == [0.1, 0.3, 0.3, 0.2]
+
+
+def test_patience_ends_a_run(tmp_path, capsys):
+    run = train(make_run(tmp_path), [0.1, 0.3, 0.3, 0.2, 0.9], patience=2)
+    assert len(run.history) == 4
+    assert "no better validation score for 2 epochs" in capsys.readouterr().out
+
+
+def test_the_best_checkpoint_holds_the_averaged_weights_of_the_best_epoch(tmp_path):
+    run = train(make_run(tmp_path), [1, 3])
+    weights = run.parts["average"].module.state_dict()
+    expected = {name: tensor.clone() for name, tensor in weights.items()}
+    train(run, [1, 3, 2])
+    run.save_best(band=[0.5])
+    content = load_checkpoint(tmp_path / "best.pt", "text")
+    assert_equal(content["weights"], expected)
+    assert content["epoch"] == 2
+    assert content["band"] == [0.5]
+    assert content["model"] == "rnn"
+
+
+def test_every_seed_and_epoch_draws_its_own_random_numbers(tmp_path):
+    numbers = set()
+    for seed in (0, 1, 2):
+        run = make_run(tmp_path, seed=seed)
+        for _ in run.epochs(3, patience=0):
+            numbers.add(torch.rand(1).item())
+            run.end_epoch({}, score=0)
+    assert len(numbers) == 9
+
+
+def test_scores_that_are_not_finite_end_a_run(tmp_path):
+    with pytest.raises(UserError, match="scores of epoch 2 are not finite"):
+        train(make_run(tmp_path), [1, float("nan")])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_end_a_run(value):
+    model = nn.Linear(2, 2)
+    runs.check_finite(model, epoch=5)
+    model.bias.data[1] = value
+    with pytest.raises(UserError, match="weights of epoch 5 are not finite"):
+        runs.check_finite(model, epoch=5)
+
+
+def test_the_seconds_per_epoch_are_the_mean(tmp_path, read_json):
+    run = train(make_run(tmp_path), [1, 2])
+    run.history[0]["seconds"] = 1.0
+    run.history[1]["seconds"] = 4.0
+    metrics = run.write_metrics(data={}, split={}, test={"f1": 2}, lead=[7])
+    assert metrics["seconds_per_epoch"] == 2.5
+    assert metrics["parameters"] == 3
+    assert metrics["lead"] == [7]
+    assert metrics == read_json(tmp_path / "metrics.json")
+
+
+# --- a second run in the same folder ------------------------------------------------------------
+
+RESULTS = (
+    "last.pt best.pt metrics.json history.csv predictions.csv curves.png confusion.png "
+    "forecasts.png lead_time.png .best.pt.7.part"
+)
+
+
+def test_a_new_run_removes_what_an_earlier_one_left_and_nothing_else(tmp_path):
+    for name in [*RESULTS.split(), "notes.txt", "holiday.png"]:
+        (tmp_path / name).touch()
+    make_run(tmp_path).clear()
+    assert names(tmp_path) == {"notes.txt", "holiday.png"}
+
+
+def test_a_result_that_cannot_be_removed_is_named(tmp_path):
+    (tmp_path / "best.pt").mkdir()
+    with pytest.raises(UserError, match=r"cannot remove .*best\.pt"):
+        make_run(tmp_path).clear()
+
+
+def test_a_resumed_run_ends_like_one_left_alone_to_the_last_bit(tmp_path):
+    alone = train(make_run(tmp_path / "alone"), [2, 1, 3])
+    train(make_run(tmp_path / "resumed"), [2, 1])
+    resumed = make_run(tmp_path / "resumed")
+    resumed.restore()
+    assert resumed.best["epoch"] == 1
+    train(resumed, [2, 1, 3])
+    assert [record["epoch"] for record in resumed.history] == [1, 2, 3]
+    assert_equal(resumed.best["weights"], alone.best["weights"])
+    assert_equal(resumed.parts["model"].state_dict(), alone.parts["model"].state_dict())
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A folder with a run of two epochs."""
+    train(make_run(tmp_path), [1, 2])
+    return tmp_path
+
+
+def test_paths_may_change_before_a_run_is_resumed(trained):
+    run = make_run(trained, data="b.csv", out="elsewhere", resume=True, device="cpu")
+    run.restore()
+    assert len(run.history) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 1}, "another value of --seed"),
+        ({"batch_size": 8}, "another value of --batch-size"),
+        ({"sha256": "1"}, "other data"),
+        ({"inputs": 3}, "does not fit this program"),
+    ],
+)
+def test_a_run_that_began_otherwise_is_not_resumed(trained, changes, message):
+    with pytest.raises(UserError, match=message):
+        make_run(trained, **changes).restore()
+
+
+def test_without_an_earlier_run_resuming_begins_anew(tmp_path):
+    run = make_run(tmp_path)
+    run.restore()
+    assert run.history == []
+
+
+# --- checkpoints --------------------------------------------------------------------------------
+
+
+def test_one_wrong_letter_in_a_checkpoint_is_noticed(trained):
+    path = trained / "last.pt"
+    path.write_bytes(path.read_bytes().replace(b"score", b"scope"))  # only the check sum tells
+    with pytest.raises(UserError, match=r"last\.pt .*train again"):
+        make_run(trained).restore()
+
+
+def test_half_a_checkpoint_is_noticed(trained):
+    path = trained / "last.pt"
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(UserError, match=r"last\.pt cannot be read"):
+        load_checkpoint(path, "text")
+
+
+def test_a_missing_checkpoint_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"best\.pt is no file"):
+        load_checkpoint(tmp_path / "best.pt", "text")
+
+
+def test_a_checkpoint_of_the_other_script_is_refused(trained):
+    with pytest.raises(UserError, match="of another script"):
+        load_checkpoint(trained / "last.pt", "temp")
+
+
+def test_a_checkpoint_of_another_version_is_refused(trained, monkeypatch):
+    monkeypatch.setattr(runs, "FORMAT", runs.FORMAT + 1)
+    with pytest.raises(UserError, match="no checkpoint of this version"):
+        load_checkpoint(trained / "last.pt", "text")
+
+
+class Code:
+    """An object that makes a folder when it is unpickled."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+def test_code_in_a_checkpoint_is_never_run(tmp_path):
+    path = tmp_path / "best.pt"
+    torch.save({"format": runs.FORMAT, "task": "text", "code": Code(tmp_path / "made")}, path)
+    with pytest.raises(UserError, match="cannot be read"):
+        load_checkpoint(path, "text")
+    assert names(tmp_path) == {"best.pt"}
+
+
+# --- several processes --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rank", "expected"), [(0, [10, 12]), (1, [11, 13])])
+def test_processes_share_the_batches(tmp_path, monkeypatch, rank, expected):
+    monkeypatch.setattr(runs, "world_size", lambda: 2)
+    monkeypatch.setattr(runs, "rank", lambda: rank)
+    run = make_run(tmp_path)
+    assert list(run.progress([10, 11, 12, 13, 14])) == expected  # as many for each: 14 is left out
+    with pytest.raises(UserError, match="an epoch has no batch"):
+        next(run.progress([10]))
+
+
+def train_in_one_of_two(rank, folder, port):
+    """What each process does: train on the batches 1 and 3; leave the weights in a file."""
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    os.environ["MASTER_PORT"] = str(port)
+    os.environ["WORLD_SIZE"] = "2"
+    os.environ["RANK"] = str(rank)
+    runs.join_processes(torch.device("cpu"))
+    run = make_run(folder / f"run_{rank}")
+    model = run.parts["model"]
+    parallel_model = DistributedDataParallel(model)
+    for _ in run.epochs(1, patience=0):
+        for number in run.progress([1.0, 3.0]):
+            parallel_model(torch.tensor([number, 0.0])).backward()
+            run.parts["optimizer"].step()
+        run.end_epoch({"f1": rank}, score=rank)
+    result = {"gradient": model.weight.grad, "weights": model.state_dict(), "history": run.history}
+    torch.save(result, folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="torch for Windows starts gloo in another way")
+def test_two_processes_train_as_one(tmp_path, capfd):
+    with socket.create_server(("127.0.0.1", 0)) as free_port:
+        port = free_port.getsockname()[1]
+    torch.multiprocessing.spawn(train_in_one_of_two, (tmp_path, port), nprocs=2)
+    first = torch.load(tmp_path / "0.pt")
+    second = torch.load(tmp_path / "1.pt")
+    assert first["gradient"].tolist() == [[2, 0]]  # the mean of 1 and 3
+    assert_equal(second["weights"], first["weights"])
+    assert second["history"][0]["f1"] == 0  # the first's score
+    assert names(tmp_path) == {"0.pt", "1.pt", "run_0"}  # only the first writes
+    assert capfd.readouterr().out.count("epoch") == 1  # and prints

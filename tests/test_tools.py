@@ -1,0 +1,108 @@
+"""The tables of tools.report and tools.bench."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from support.files import UserError, write_json
+from tools import bench, report
+
+# --- report -------------------------------------------------------------------------------------
+
+
+def write_text_run(folder, argv, score):
+    """Write a run of the text classifier in which all scores are the same, and its comparison."""
+    scores = dict.fromkeys(["accuracy", "precision_macro", "recall_macro", "f1_macro"], score)
+    content = {"task": "text", "model": "rnn", "argv": argv.split()}
+    content["data"] = {"path": "x/shop.zip"}
+    content["rows"] = [{}, scores]
+    write_json(folder / "text_all" / "comparison.json", content)
+    content["test"] = {**scores, "per_class": {"书籍": {"f1": score}}}
+    write_json(folder / "text_rnn" / "metrics.json", content)
+
+
+def test_seeds_are_one_line_with_mean_and_deviation(tmp_path, capsys, run_main):
+    write_text_run(tmp_path / "0", argv="--seed 0 --out a --epochs 5", score=0.2)
+    write_text_run(tmp_path / "1", argv="--epochs=5 --resume --seed=1 --device cpu", score=0.4)
+    run_main(report, tmp_path)
+    output = capsys.readouterr().out
+    scores = " | ".join(["0.3000 ± 0.1414"] * 4)  # the square root of 0.1^2 + 0.1^2
+    assert f"\n| shop: --epochs 5 | RNN | 2 | {scores} |\n" in output
+    assert f"\n| shop: --epochs 5 | MEAN | 2 | {scores} |\n" in output  # of all structures
+    assert "\n| shop: --epochs 5 | RNN | 0.300 ± 0.141 |\n" in output  # F1 of the class
+    assert output.count("shop") == 3
+
+
+def forecast_errors(mean):
+    """One part of a forecasting run's test."""
+    errors = {"mean_error": mean, "median_error": mean + 1}
+    baseline = {"mean_error": mean + 4, "median_error": mean + 5}
+    return {**errors, "coverage_80": 0.8, "baselines": {"seasonal_naive": baseline}}
+
+
+def test_forecasts_stand_above_their_baselines(tmp_path, capsys, run_main):
+    content = {"task": "temp", "model": "gru", "argv": ["--freq", "D"]}
+    content["data"] = {"path": "jena.csv"}
+    content["test"] = {"segments": forecast_errors(1), "daily_origins": forecast_errors(3)}
+    write_json(tmp_path / "metrics.json", content)
+    run_main(report, tmp_path)
+    forecast = "| jena: --freq D | GRU | 1 | 1.000 | 2.000 | 3.000 | 4.000 | 0.800 |"
+    baseline = "| jena: --freq D | seasonal naive | 1 | 5.000 | 6.000 | 7.000 | 8.000 |  |"
+    assert f"{forecast}\n{baseline}\n" in capsys.readouterr().out
+
+
+def test_a_folder_without_runs_is_refused(tmp_path, run_main):
+    with pytest.raises(UserError, match=r"holds no metrics\.json"):
+        run_main(report, tmp_path)
+
+
+# --- bench --------------------------------------------------------------------------------------
+
+SHAPE = (3, 2, 4, 5)  # T, B, D, h
+
+
+def outputs_and_gradients(kind, cell):
+    """What a kind computes from the same seed: its outputs, and the gradients after two steps."""
+    torch.manual_seed(0)
+    inputs = torch.randn(SHAPE[:3], requires_grad=True)
+    function, params = bench.make(kind, cell, SHAPE, "cpu")
+    bench.train_step(function, params, inputs)
+    bench.train_step(function, params, inputs)
+    return [function(inputs), inputs.grad, *[param.grad for param in params]]
+
+
+@pytest.mark.parametrize("cell", bench.LAYERS)
+def test_ours_and_the_loop_do_the_same_work(cell):
+    ours = outputs_and_gradients("ours", cell)
+    torch.testing.assert_close(ours, outputs_and_gradients("loop", cell))
+    outputs, *gradients = outputs_and_gradients("torch", cell)
+    assert outputs.shape == ours[0].shape == (3, 2, bench.OUTPUTS)
+    assert all(gradient.any() for gradient in gradients)
+
+
+def test_measure_gives_medians_without_the_first_two_rounds(monkeypatch):
+    clock = SimpleNamespace(now=0)
+    clock.perf_counter = lambda: clock.now
+    monkeypatch.setattr(bench, "time", clock)
+
+    def step(seconds, params, inputs):
+        clock.now += seconds.pop(0)
+
+    functions = {}
+    functions["ours"] = ([99, 99, 1, 2, 9], None)
+    functions["torch"] = ([99, 99, 5, 4, 3], None)
+    functions["loop"] = ([0, 0, 6, 8, 7], None)
+    medians = bench.measure(step, functions, torch.ones(1), rounds=3)
+    assert medians == {"ours": 2000, "torch": 4000, "loop": 7000}
+
+
+def test_the_speed_table_has_a_line_for_each_cell(monkeypatch, capsys, run_main):
+    times = {"ours": 2, "torch": 4, "loop": 16}
+    monkeypatch.setattr(bench, "SHAPES", [SHAPE])
+    monkeypatch.setattr(bench, "measure", lambda step, functions, inputs, rounds: times)
+    run_main(bench, "--threads", torch.get_num_threads())
+    output = capsys.readouterr().out
+    numbers = "2.00 | 4.00 | 16.00 | 0.50"
+    assert f"| 3, 2, 4, 5 | bi_lstm | {numbers} | {numbers} |\n" in output
+    assert "inference, ours/torch: geometric mean 0.50, largest 0.50" in output
