@@ -202,6 +202,7 @@ class Recurrence(nn.Module):
 
     The loop above is the definition. `bptt` has a faster form of the four cells, with gradients
     derived by hand; it runs only as long as it gives the loop's numbers (`fast_form_agrees`).
+    Models take the hidden states H from it, so Y = H W_hq + b_q is computed by `output`.
     """
 
     def __init__(self, cell, num_inputs, num_hiddens, num_outputs):

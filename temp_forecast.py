@@ -103,7 +103,8 @@ def read_series(frame, path, freq, date_column, target):
     print(f"{path}: {len(frame)} rows, {series.index[0]} to {series.index[-1]}; {len(series)} "
           f"steps, {is_missing.sum()} without {target}")  # fmt: skip
     if is_missing.mean() > 0.5:
-        is_text = (values[target].isna().array) & (raw[target].notna().array)
+        has_entry = raw[target].notna().to_numpy()
+        is_text = has_entry & values[target].isna().to_numpy()
         reason = "does --freq fit?"
         if is_text.any():
             row = is_text.argmax()

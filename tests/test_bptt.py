@@ -116,6 +116,7 @@ def compiled(module):
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled, compiled])
 def test_a_copied_or_compiled_recurrence_is_the_same(recurrence, inputs, copied):
+    inputs = inputs[:2]  # a compiler follows the loops step by step
     expected = states_and_gradients(recurrence, inputs)
     result = states_and_gradients(copied(recurrence), inputs)
     assert_close(result, expected)

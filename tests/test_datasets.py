@@ -62,9 +62,10 @@ def test_the_header_tells_the_separator_and_the_decimal_sign(tmp_path, separator
 def test_any_text_comes_back(tmp_path):
     texts = ["NA", "1.0", "", '很好，,\n"值得"\n好读', "a\rb", " a;\t😀\u2028"]
     path = tmp_path / "a.csv"
-    write_csv(path, pd.DataFrame({"review": texts, "label": range(6)}))
+    write_csv(path, pd.DataFrame({"review": texts, "label": "1.0"}))
     frame, _ = load(REVIEWS, path)
     assert frame["review"].tolist() == texts
+    assert frame["label"].tolist() == ["1.0"] * 6
     assert path.read_bytes().startswith(b"\xef\xbb\xbf")  # the mark by which Excel knows UTF-8
 
 

@@ -345,22 +345,26 @@ def test_smoothed_labels_and_hidden_words_keep_a_model_from_being_sure(option, t
     assert losses[0] < losses[1] - 0.1
 
 
-def test_a_second_run_into_the_same_folder_leaves_nothing_of_the_first(train, outcome, tmp_path):
-    train(tmp_path / "used", "rnn", "--epochs 2")
-    used = train(tmp_path / "used", "rnn", "--epochs 1 --seed 1")
-    new = train(tmp_path / "new", "rnn", "--epochs 1 --seed 1")
-    assert outcome(used) == outcome(new)
+def test_a_second_run_into_the_same_folder_removes_the_results_of_the_first(
+    train, tmp_path, monkeypatch
+):
+    folder = train(tmp_path, "rnn", "--epochs 1")
+    monkeypatch.setattr(run, "save_checkpoint", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, "rnn", "--epochs 1")
+    names = [path.name for path in folder.iterdir()]
+    assert names == ["history.csv"]  # of the second run's first epoch
 
 
 def test_a_stopped_and_resumed_run_ends_as_if_left_alone(train, outcome, tmp_path, monkeypatch):
-    alone = train(tmp_path / "alone", "gru", "--epochs 4")
+    alone = train(tmp_path / "alone", "bi_lstm", "--epochs 3")  # the second epoch is the best
     # Two epochs are saved, then the user stops the run while it saves the third.
     effects = [DEFAULT, DEFAULT, KeyboardInterrupt]
     save = Mock(wraps=run.save_checkpoint, side_effect=effects)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(run, "save_checkpoint", save)
-        train(tmp_path / "stopped", "gru", "--epochs 4")
-    resumed = train(tmp_path / "stopped", "gru", "--epochs 4 --resume")
+        train(tmp_path / "stopped", "bi_lstm", "--epochs 3")
+    resumed = train(tmp_path / "stopped", "bi_lstm", "--epochs 3 --resume")
     assert outcome(resumed) == outcome(alone)
 
 
