@@ -343,7 +343,8 @@ def fit_linear(weather):
     errors = {}
     for penalty in PENALTIES:
         W = solve_ridge(XX, XY, penalty)
-        errors[penalty] = mean_error(weather.truth(some), base_forecast(weather, view, W, some))
+        guess = base_forecast(weather, view, W, some)
+        errors[penalty] = mean_error(weather.truth(some), guess)
     penalty = min(errors, key=errors.get)
     W_train = solve_ridge(XX, XY, penalty)
     more_XX, more_XY = sums_of_products(weather, view, weather.starts["validation"])
@@ -450,7 +451,8 @@ def train(args, config, weather, base, device):
     corrected = base_forecast(weather, base.view, base.W_train, starts)
     residuals = (weather.truth(starts) - corrected) / unit
     residuals = torch.from_numpy(residuals).float().to(device)  # (n, horizon)
-    inputs = torch.from_numpy(base.view.inputs(weather)).float().to(device)  # (N, D)
+    inputs = base.view.inputs(weather)  # (N, D)
+    inputs = torch.from_numpy(inputs).float().to(device)
     past = torch.from_numpy(weather.past(starts)).to(device)  # (n, known)
     stride = min(3, weather.steps_a_day)  # three hours, or a day
     batches_an_epoch = math.ceil(len(starts) / stride / args.batch_size)
@@ -469,7 +471,8 @@ def train(args, config, weather, base, device):
     for epoch in run.epochs(args.epochs, args.patience):
         model.train()
         # A window every three hours, in each epoch other ones.
-        windows = torch.arange(int(torch.randint(stride, ())), len(starts), stride)
+        first = int(torch.randint(stride, ()))
+        windows = torch.arange(first, len(starts), stride)
         shuffled = windows[torch.randperm(len(windows))]
         for rows in run.progress(shuffled.split(args.batch_size)):
             rows = rows.to(device, non_blocking=True)  # a GPU's earlier steps are not waited for
@@ -516,11 +519,13 @@ def test(run, model, weather, base, linear, data):
     forecasts = {}
     for part in ("segments", "daily_origins", "every_step"):
         starts = weather.starts[part]
-        forecasts[part] = {"model": forecast(model, weather, base.view, base.W_test, starts)}
-        forecasts[part].update(baseline_forecasts(weather, linear, starts))
+        guess = forecast(model, weather, base.view, base.W_test, starts)
+        baselines = baseline_forecasts(weather, linear, starts)
+        forecasts[part] = {"model": guess, **baselines}
     entries = {}
     for part in ("segments", "daily_origins"):
-        entries[part] = test_errors(weather.truth(weather.starts[part]), forecasts[part], band)
+        truth = weather.truth(weather.starts[part])
+        entries[part] = test_errors(truth, forecasts[part], band)
     truth = weather.truth(weather.starts["every_step"])
     a_day = weather.steps_a_day - 1  # the index of the step 24 hours ahead
     lead_24h = {"windows": len(truth)}
@@ -566,7 +571,9 @@ def test_errors(truth, forecasts, band):
         mean = mean_error(truth, guess)
         errors[name] = {"mean_error": mean, "median_error": median_error(truth, guess)}
     guess = forecasts["model"]
-    is_inside = (truth >= guess + band[0]) & (truth <= guess + band[1])
+    low, high = band
+    error = truth - guess
+    is_inside = (low <= error) & (error <= high)
     entry = {"windows": len(truth)}
     entry.update(errors.pop("model"))
     entry["rmse"] = rmse(truth, guess)
@@ -604,7 +611,8 @@ def write_predictions(path, weather, guess, band):
     starts = weather.starts["segments"]
     times = weather.index[weather.future(starts).ravel()]
     table = pd.DataFrame()
-    table["segment"] = np.repeat(np.arange(len(starts)) + 1, weather.horizon)
+    numbers = np.arange(len(starts)) + 1
+    table["segment"] = np.repeat(numbers, weather.horizon)
     table["Date Time"] = times.strftime(STAMP)
     table["hours ahead"] = np.tile(lead_hours(weather), len(starts))
     table[weather.columns[0]] = weather.truth(starts).ravel()
@@ -690,10 +698,12 @@ def predict(args, device):
         raise UserError(f"{args.predict} does not end with {KNOWN_DAYS} whole days of "
                         f"{', '.join(columns)}; add them")  # fmt: skip
     horizon = saved["sizes"]["horizon"]
-    coming = pd.date_range(recent.index[-1], periods=horizon + 1, freq=freq)[1:]
-    index = recent.index.append(coming)
-    weather = Weather(index, columns, recent.reindex(index).to_numpy(), STEPS_A_DAY[freq])
-    guess = forecast(model, weather, view, W, starts=np.array([0]))[0]
+    index = pd.date_range(recent.index[0], periods=known + horizon, freq=freq)
+    coming = index[known:]
+    values = recent.reindex(index).to_numpy()  # NaN where the future is
+    weather = Weather(index, columns, values, STEPS_A_DAY[freq])
+    only_window = np.array([0])
+    guess = forecast(model, weather, view, W, only_window)[0]
     low, high = guess + np.array(saved["band"])
 
     print(f"the last known step begins at {recent.index[-1]:{STAMP}}; the forecast covers "
@@ -713,12 +723,12 @@ def main():
     if args.predict is not None:
         predict(args, device)
         return
-    options.check_folder(args.out)
     runs.join_processes(device)
 
     frame, data = datasets.load(datasets.CLIMATE, args.data)
     series = read_series(frame, data["path"], args.freq, args.date_column, args.target)
     weather = prepare(args, series, data["path"])
+    options.check_folder(args.out)
     linear = fit_linear(weather)
     base = linear if args.base == "linear" else Base(fit_view("mean", weather))
     results = []

@@ -564,10 +564,10 @@ def main():
     if args.predict is not None:
         predict(args, device)
         return
-    options.check_folder(args.out)
     runs.join_processes(device)
 
     reviews = read_reviews(args)
+    options.check_folder(args.out)
     cuts = cached_words(reviews.texts, reviews.data["sha256"])
     train_cuts = [cuts[row] for row in reviews.split["train"].tolist()]
     vocabularies = build_vocabularies(train_cuts, args.tokens)
