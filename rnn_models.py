@@ -7,6 +7,7 @@ parameters, the clipping of gradients, and `Recurrence`, a cell as a module.
 """
 
 import sys
+from functools import partial
 
 import torch
 from torch import nn
@@ -52,7 +53,8 @@ def gru(inputs, state, params):
 
 
 def lstm(inputs, state, params):
-    """Long short-term memory (Hochreiter and Schmidhuber 1997): gates write, keep and read C.
+    """Long short-term memory: gates write, keep and read the memory C (Hochreiter and Schmidhuber
+    1997; the forget gate is of Gers et al. 2000).
 
     inputs (T, B, D), state (H, C) of (B, h) each; returns outputs (T, B, Q) and the last (H, C).
     """
@@ -79,8 +81,8 @@ def bi_lstm(inputs, state, params, lengths=None):
     Returns outputs (T, B, Q) and the last states of both, which have read the padding too.
     """
     *gates, W_hq, b_q = params
-    half = len(gates) // 2
-    h = len(W_hq) // 2
+    half = len(gates) // 2                                                      # of the parameters
+    h = len(W_hq) // 2                                                          # W_hq is (2h, Q)
     state_f, state_b = state
     inputs_b = reverse(inputs, lengths)                                         # (T, B, D)
     H, state_f = hidden_states(lstm, inputs, state_f, gates[:half], h)          # (T, B, h)
@@ -90,14 +92,18 @@ def bi_lstm(inputs, state, params, lengths=None):
     return Y, (state_f, state_b)
 
 
-def hidden_states(loop, inputs, state, gates, width, *options):
+def hidden_states(loop, inputs, state, gates, width, lengths=None):
     """The hidden states (T, B, width) that a cell's loop goes through, and its last state.
 
     A loop returns Y = H W_hq + b_q; with the identity as W_hq and zero as b_q, Y is H.
+    width: h, or 2h for "bi_lstm"; lengths: for "bi_lstm" alone.
     """
-    W_hq = torch.eye(width, dtype=gates[0].dtype, device=inputs.device)
-    b_q = torch.zeros(width, dtype=gates[0].dtype, device=inputs.device)
-    return loop(inputs, state, [*gates, W_hq, b_q], *options)
+    identity = torch.eye(width, dtype=gates[0].dtype, device=inputs.device)
+    zero = torch.zeros(width, dtype=gates[0].dtype, device=inputs.device)
+    params = [*gates, identity, zero]
+    if lengths is None:
+        return loop(inputs, state, params)
+    return loop(inputs, state, params, lengths)
 
 
 def reverse(sequences, lengths=None):
@@ -132,8 +138,9 @@ def param_names(cell):
 
     The backward direction's names end in "_b". Raises ValueError for an unknown cell.
     """
+    suffixes = ["", "_b"] if num_directions(cell) == 2 else [""]
     names = []
-    for suffix in ["", "_b"][: num_directions(cell)]:
+    for suffix in suffixes:
         for gate in GATES[cell]:
             names += [f"W_x{gate}{suffix}", f"W_h{gate}{suffix}", f"b_{gate}{suffix}"]
     return [*names, "W_hq", "b_q"]
@@ -153,7 +160,7 @@ def init_params(cell, num_inputs, num_hiddens, num_outputs, device=None):
         raise ValueError("num_inputs, num_hiddens and num_outputs must be at least 1")
     bound = num_hiddens**-0.5
     params = []
-    for gate in GATES[cell] * directions:
+    for gate in GATES[cell] * directions:  # each direction has all gates
         W_x = torch.empty(num_inputs, num_hiddens).uniform_(-bound, bound)
         W_h = nn.init.orthogonal_(torch.empty(num_hiddens, num_hiddens))
         b = torch.full((num_hiddens,), 1.0 if gate == "f" else 0.0)
@@ -169,10 +176,11 @@ def init_state(cell, batch_size, num_hiddens, device=None, dtype=None):
 
     Raises ValueError for an unknown cell.
     """
+    num_tensors = 2 if "c" in GATES[cell] else 1  # H and C, or H
     directions = []
     for _ in range(num_directions(cell)):
-        H, C = torch.zeros(2, batch_size, num_hiddens, device=device, dtype=dtype)
-        directions.append((H, C) if "c" in GATES[cell] else (H,))
+        zeros = torch.zeros(num_tensors, batch_size, num_hiddens, device=device, dtype=dtype)
+        directions.append(tuple(zeros))
     return tuple(directions) if len(directions) == 2 else directions[0]
 
 
@@ -230,24 +238,29 @@ class Recurrence(nn.Module):
         _, B, _ = inputs.shape
         state = init_state(self.cell, B, self.num_hiddens, inputs.device, inputs.dtype)
         compute_states = fast_states if self.use_fast_form else loop_states
-        return compute_states(self.cell, inputs, state, self.params, lengths)
+        *gates, _, _ = self.params
+        return compute_states(self.cell, inputs, state, gates, lengths)
 
     def output(self, states):
         """Y = H W_hq + b_q: states (..., h) give (..., Q)."""
         return states @ self.W_hq + self.b_q
 
 
-def loop_states(cell, inputs, state, params, lengths=None):
-    """Hidden states (T, B, h), (T, B, 2h) for "bi_lstm", by the cell's loop."""
-    *gates, W_hq, _ = params
-    options = [lengths] if num_directions(cell) == 2 else []
-    states, _ = hidden_states(CELLS[cell], inputs, state, gates, len(W_hq), *options)
+def loop_states(cell, inputs, state, gates, lengths=None):
+    """Hidden states (T, B, h), (T, B, 2h) for "bi_lstm", by the cell's loop.
+
+    gates: the parameter list without W_hq and b_q.
+    """
+    directions = num_directions(cell)
+    h = len(gates[1])  # W_h* is (h, h)
+    if directions == 1:
+        lengths = None  # padding comes after the steps that count
+    states, _ = hidden_states(CELLS[cell], inputs, state, gates, directions * h, lengths)
     return states
 
 
-def fast_states(cell, inputs, state, params, lengths=None):
+def fast_states(cell, inputs, state, gates, lengths=None):
     """The same by `bptt`, which takes the directions side by side."""
-    gates = params[:-2]
     if num_directions(cell) == 1:
         return bptt.hidden_states(cell, inputs[None], [state], gates)[0]
     both_inputs = torch.stack([inputs, reverse(inputs, lengths)])  # (2, T, B, D)
@@ -255,29 +268,48 @@ def fast_states(cell, inputs, state, params, lengths=None):
     return torch.cat([H, reverse(H_b, lengths)], dim=2)
 
 
-@torch.no_grad()
+@torch.enable_grad()
 def fast_form_agrees(cell):
-    """Whether `bptt` has a form of this cell that gives the numbers of its loop.
+    """Whether `bptt` has a form of this cell that gives the loop's numbers and gradients.
 
-    Compares the hidden states of both for small random inputs and parameters, in double precision.
-    Where they differ, or there is no fast form, a line on stderr says that the loop runs.
+    Compares the hidden states of both, and the gradients of a random sum of them, for small random
+    inputs and parameters, in double precision. Where they differ, or there is no fast form, a line
+    on stderr says that the loop runs.
     """
-    if bptt.NUM_GATES.get(cell) != len(GATES[cell]):
+    if bptt.NUM_GATES.get(cell) != len(GATES[cell]):  # a new cell, or one with another gate
         print(f"{cell}: no fast form in support/bptt.py; the loop runs", file=sys.stderr)
         return False
-    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
-        torch.manual_seed(0)
-        inputs = torch.randn(5, 3, 2, dtype=torch.float64)  # T = 5, B = 3, D = 2
-        lengths = torch.tensor([5, 2, 4])
-        params = init_params(cell, num_inputs=2, num_hiddens=4, num_outputs=8)
-        params = [torch.randn_like(param, dtype=torch.float64) for param in params]
-    state = init_state(cell, batch_size=3, num_hiddens=4, dtype=torch.float64)
-    by_loop = loop_states(cell, inputs, state, params, lengths)
-    by_fast_form = fast_states(cell, inputs, state, params, lengths)
-    agrees = by_loop.shape == by_fast_form.shape and torch.allclose(by_loop, by_fast_form)
+    T = 50
+    B = 3
+    D = 2
+    h = 4
+    generator = torch.Generator().manual_seed(0)  # the caller's random numbers are left alone
+    random = partial(torch.randn, generator=generator, dtype=torch.float64, requires_grad=True)
+    leaves = [random(T, B, D)]  # inputs, then W_x, W_h and b of each gate
+    for _ in GATES[cell] * num_directions(cell):
+        leaves += [random(D, h), random(h, h), random(h)]
+    inputs, *gates = leaves
+    state = init_state(cell, B, h, dtype=torch.float64)
+    lengths = torch.tensor([T, 20, 40])
+    weights = random(T, B, h * num_directions(cell))
+    by_loop = loop_states(cell, inputs, state, gates, lengths)
+    by_fast_form = fast_states(cell, inputs, state, gates, lengths)
+    agrees = by_loop.shape == by_fast_form.shape
+    agrees = agrees and torch.allclose(by_loop, by_fast_form)
+    agrees = agrees and by_loop.requires_grad  # not if the loop detaches its states
+    if agrees:
+        loop_gradient = flat_gradient(by_loop * weights, leaves)
+        fast_gradient = flat_gradient(by_fast_form * weights, leaves)
+        agrees = torch.allclose(loop_gradient, fast_gradient)
     if not agrees:
         print(f"{cell}: the loop was changed; it runs, not the fast form", file=sys.stderr)
     return agrees
+
+
+def flat_gradient(values, leaves):
+    """The gradient of the sum of values with respect to all leaves, in one row of numbers."""
+    gradients = torch.autograd.grad(values.sum(), leaves, allow_unused=True, materialize_grads=True)
+    return torch.cat([gradient.flatten() for gradient in gradients])
 
 
 # --- pooling ------------------------------------------------------------------------------------

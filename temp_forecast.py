@@ -44,6 +44,8 @@ PRESETS = {"lab": {  # the plain setting of the lab
     "base": "mean", "epochs": 20, "patience": 0, "lr": 1e-3, "fall_steps": 0, "average": 0.0,
     "dropout": 0.0,
 }}  # fmt: skip
+STEP_HELP = "an hour or a day; of several values in a step the first one counts"
+BASE_HELP = "what the network corrects: a ridge regression, or just the training mean"
 
 
 # --- options ------------------------------------------------------------------------------------
@@ -79,32 +81,27 @@ def parse_args(arguments=None):
     return options.parse(parser, arguments, PRESETS)
 
 
-STEP_HELP = "an hour or a day; of several rows in a step the first one counts"
-BASE_HELP = "what the network corrects: a ridge regression, or just the training mean"
-
-
 # --- the series ---------------------------------------------------------------------------------
 
 
 def read_series(frame, path, freq, date_column, target):
     """A DataFrame's columns in steps of `freq`, indexed by time, the target first.
 
-    Of several rows in a step the first one counts. -9999 and what is no number are missing.
+    Of several values in a step the first known one counts; -9999 and texts are missing.
     Raises UserError for a missing column, an unreadable date, and too few values of the target.
     """
     datasets.check_columns(frame, [date_column, target], path)
     raw = frame.drop(columns=date_column)
     raw.insert(0, target, raw.pop(target))
-    values = raw.apply(pd.to_numeric, errors="coerce").astype(float)
-    values = values.mask((values <= -999) | np.isinf(values))
+    numbers = raw.apply(pd.to_numeric, errors="coerce").astype(float)
+    values = numbers.mask((numbers <= -999) | np.isinf(numbers))
     values.index = read_stamps(frame[date_column], path)
     series = values.sort_index(kind="stable").resample(freq).first()
     is_missing = series[target].isna()
     print(f"{path}: {len(frame)} rows, {series.index[0]} to {series.index[-1]}; {len(series)} "
           f"steps, {is_missing.sum()} without {target}")  # fmt: skip
     if is_missing.mean() > 0.5:
-        has_entry = raw[target].notna().to_numpy()
-        is_text = has_entry & values[target].isna().to_numpy()
+        is_text = (raw[target].notna() & numbers[target].isna()).to_numpy()
         reason = "does --freq fit?"
         if is_text.any():
             row = is_text.argmax()
@@ -143,17 +140,22 @@ class Weather:
     starts: dict[str, np.ndarray] | None = None  # of each part's windows
 
     @property
+    def known(self):
+        """Known steps of a window."""
+        return KNOWN_DAYS * self.steps_a_day
+
+    @property
     def horizon(self):
-        """Steps to forecast."""
+        """Steps to forecast of a window."""
         return HORIZON_DAYS * self.steps_a_day
 
     def past(self, starts):
         """The known steps (n, known) of windows that begin at starts (n,)."""
-        return starts[:, None] + np.arange(KNOWN_DAYS * self.steps_a_day)
+        return starts[:, None] + np.arange(self.known)
 
     def future(self, starts):
         """The steps to forecast (n, horizon) of windows that begin at starts (n,)."""
-        return starts[:, None] + KNOWN_DAYS * self.steps_a_day + np.arange(self.horizon)
+        return starts[:, None] + self.known + np.arange(self.horizon)
 
     def truth(self, starts):
         """The true target (n, horizon) of windows that begin at starts (n,), degC."""
@@ -169,10 +171,11 @@ def prepare(args, series, path):
     steps_a_day = STEPS_A_DAY[args.freq]
     length = (KNOWN_DAYS + HORIZON_DAYS) * steps_a_day
     test_begin = index[0] + pd.DateOffset(years=args.train_years)
-    split = int((index < test_begin).sum())
-    train_end = split * 4 // 5
-    is_midnight = index == index.normalize()
-    first_test = split + int(is_midnight[split:].argmax()) if split < len(index) else split
+    validation_end = int((index < test_begin).sum())
+    train_end = validation_end * 4 // 5
+    midnights = np.flatnonzero(index == index.normalize())
+    test_midnights = midnights[midnights >= validation_end]
+    first_test = test_midnights[0] if len(test_midnights) else len(index)
     columns = series.columns[:1]
     if args.features == "all":
         columns = series[:train_end].dropna(axis=1, thresh=train_end // 2).columns
@@ -180,7 +183,7 @@ def prepare(args, series, path):
 
     parts = {  # first step, end, steps from window to window
         "train": (0, train_end, 1),
-        "validation": (train_end, split, 1),
+        "validation": (train_end, validation_end, 1),
         "segments": (first_test, len(index), length),
         "daily_origins": (first_test, len(index), steps_a_day),
         "every_step": (first_test, len(index), 1),
@@ -277,8 +280,8 @@ def fit_view(base, weather):
         columns.append(solution[0])
     coefficients = np.stack(columns, axis=1)
     scale = np.nanstd(values - X @ coefficients, axis=0)
-    is_constant = scale < 1e-6 * np.nanmax(np.abs(values), axis=0)
-    scale[is_constant | (scale == 0)] = 1.0
+    rounding = 1e-6 * np.nanmax(np.abs(values), axis=0)
+    scale[scale <= rounding] = 1.0  # a constant column keeps its unit
     return View(base, coefficients, scale)
 
 
@@ -339,7 +342,7 @@ def fit_linear(weather):
     """Ridge regression on the `linear_features`, with the penalty of least validation error."""
     view = fit_view("linear", weather)
     XX, XY = sums_of_products(weather, view, weather.starts["train"])
-    some = weather.starts["validation"][::3]
+    some = weather.starts["validation"][::3]  # enough to choose among seven penalties
     errors = {}
     for penalty in PENALTIES:
         W = solve_ridge(XX, XY, penalty)
@@ -448,8 +451,8 @@ def train(args, config, weather, base, device):
     """Train one structure; returns its run, and the model with the best epoch's weights."""
     starts = weather.starts["train"]
     unit = float(base.view.scale[0])  # degC
-    corrected = base_forecast(weather, base.view, base.W_train, starts)
-    residuals = (weather.truth(starts) - corrected) / unit
+    without_network = base_forecast(weather, base.view, base.W_train, starts)
+    residuals = (weather.truth(starts) - without_network) / unit
     residuals = torch.from_numpy(residuals).float().to(device)  # (n, horizon)
     inputs = base.view.inputs(weather)  # (N, D)
     inputs = torch.from_numpy(inputs).float().to(device)
@@ -478,7 +481,7 @@ def train(args, config, weather, base, device):
             rows = rows.to(device, non_blocking=True)  # a GPU's earlier steps are not waited for
             X = inputs[past[rows].T]  # (known, B, D)
             Y = residuals[rows]  # (B, horizon)
-            loss = (parallel_model(X) - Y).abs().mean() * unit
+            loss = (parallel_model(X) - Y).abs().mean() * unit  # mean absolute error, degC
             optimizer.zero_grad()
             loss.backward()  # back-propagation through time
             grad_clipping(model.parameters(), args.clip)
@@ -516,25 +519,26 @@ def test(run, model, weather, base, linear, data):
     W = None if base.W_test is None else torch.from_numpy(base.W_test)
     run.save_best(band=band.tolist(), W=W)
 
-    forecasts = {}
+    guesses = {}
+    baselines = {}
     for part in ("segments", "daily_origins", "every_step"):
         starts = weather.starts[part]
-        guess = forecast(model, weather, base.view, base.W_test, starts)
-        baselines = baseline_forecasts(weather, linear, starts)
-        forecasts[part] = {"model": guess, **baselines}
+        guesses[part] = forecast(model, weather, base.view, base.W_test, starts)
+        baselines[part] = baseline_forecasts(weather, linear, starts)
     entries = {}
     for part in ("segments", "daily_origins"):
         truth = weather.truth(weather.starts[part])
-        entries[part] = test_errors(truth, forecasts[part], band)
+        entries[part] = part_errors(truth, guesses[part], baselines[part], band)
+    # One day ahead from every start: what textbooks report for this series.
     truth = weather.truth(weather.starts["every_step"])
-    a_day = weather.steps_a_day - 1  # the index of the step 24 hours ahead
+    step = weather.steps_a_day - 1
     lead_24h = {"windows": len(truth)}
-    for name, values in forecasts["every_step"].items():
-        lead_24h[name] = mean_error(truth[:, a_day], values[:, a_day])
+    for name, guess in {"model": guesses["every_step"], **baselines["every_step"]}.items():
+        lead_24h[name] = mean_error(truth[:, step], guess[:, step])
     split = {part: len(weather.starts[part]) for part in ("train", "validation")}
     split["test"] = len(weather.starts["daily_origins"])  # the segments are among them
     metrics = run.write_metrics(data, split, entries, lead_24h=lead_24h)
-    write_predictions(run.folder / "predictions.csv", weather, forecasts["segments"]["model"], band)
+    write_predictions(run.folder / "predictions.csv", weather, guesses["segments"], band)
 
     title = model_title(metrics["model"], base.view.base)
     print(f"\nabsolute errors, degC, on the test years{runs.stamp(data)}, epoch "
@@ -545,7 +549,7 @@ def test(run, model, weather, base, linear, data):
         print(f"{part}: {entry['windows']} windows, {entry['coverage_80']:.1%} in the 80 % band")
     print(f"24 hours ahead, from every step: mean error {lead_24h['model']:.3f}, linear "
           f"{lead_24h['linear']:.3f}\n")  # fmt: skip
-    draw(run, weather, forecasts, band, f"{title}{runs.stamp(data)}")
+    draw(run, weather, guesses, baselines, band, f"{title}{runs.stamp(data)}")
     print(f"results in {run.folder}: open forecasts.png and lead_time.png; forecast with")
     print(f'  python temp_forecast.py --checkpoint "{run.folder}/best.pt" --predict recent.csv')
     return metrics
@@ -564,21 +568,21 @@ def baseline_forecasts(weather, linear, starts):
     return forecasts
 
 
-def test_errors(truth, forecasts, band):
+def part_errors(truth, guess, baselines, band):
     """The entry of one part in metrics.json: errors, coverage of the band, baselines."""
-    errors = {}
-    for name, guess in forecasts.items():
-        mean = mean_error(truth, guess)
-        errors[name] = {"mean_error": mean, "median_error": median_error(truth, guess)}
-    guess = forecasts["model"]
     low, high = band
     error = truth - guess
     is_inside = (low <= error) & (error <= high)
     entry = {"windows": len(truth)}
-    entry.update(errors.pop("model"))
+    entry["mean_error"] = mean_error(truth, guess)
+    entry["median_error"] = median_error(truth, guess)
     entry["rmse"] = rmse(truth, guess)
     entry["coverage_80"] = float(is_inside.mean())
-    entry["baselines"] = errors
+    entry["baselines"] = {}
+    for name, baseline in baselines.items():
+        errors = {"mean_error": mean_error(truth, baseline)}
+        errors["median_error"] = median_error(truth, baseline)
+        entry["baselines"][name] = errors
     return entry
 
 
@@ -593,16 +597,19 @@ def error_rows(title, entries):
 
     entries: "test" of metrics.json. Returns {line: {"segments, mean": degC, ...}}.
     """
-    rows = {}
+    baseline_names = list(entries["segments"]["baselines"])
+    rows = {title: {}}
+    for name in baseline_names:
+        rows[name.replace("_", " ")] = {}
+    rows[f"{title}, minus linear"] = {}
     for part, entry in entries.items():
-        for name, errors in {title: entry, **entry["baselines"]}.items():
-            row = rows.setdefault(name.replace("_", " "), {})
-            row[f"{part}, mean"] = errors["mean_error"]
-            row[f"{part}, median"] = errors["median_error"]
-    difference = {}
-    for column, error in rows[title].items():
-        difference[column] = error - rows["linear"][column]
-    rows[f"{title}, minus linear"] = difference
+        for kind in ("mean", "median"):
+            column = f"{part.replace('_', ' ')}, {kind}"
+            error = entry[f"{kind}_error"]
+            rows[title][column] = error
+            for name in baseline_names:
+                rows[name.replace("_", " ")][column] = entry["baselines"][name][f"{kind}_error"]
+            rows[f"{title}, minus linear"][column] = error - rows["linear"][column]
     return rows
 
 
@@ -627,7 +634,7 @@ def lead_hours(weather):
     return (np.arange(weather.horizon) + 1) * (24 // weather.steps_a_day)
 
 
-def draw(run, weather, forecasts, band, title):
+def draw(run, weather, guesses, baselines, band, title):
     """Draw the curves, six test segments from the best to the worst, and the error by lead time."""
     history = pd.DataFrame(run.history)
     curves = {"train": history["train_mean_error"]}
@@ -635,20 +642,19 @@ def draw(run, weather, forecasts, band, title):
     plots.draw_curves(run.folder / "curves.png", {f"{title}: mean error, degC": curves})
 
     starts = weather.starts["segments"]
-    guess = forecasts["segments"]["model"]
-    errors = np.abs(weather.truth(starts) - guess).mean(axis=1)
+    errors = np.abs(weather.truth(starts) - guesses["segments"]).mean(axis=1)
     places = np.linspace(0, len(errors) - 1, num=6).astype(int)
     windows = []
     for i in errors.argsort()[places]:
-        end = starts[i] + len(weather.past(starts)[0]) + weather.horizon
-        steps = slice(starts[i], end)
-        windows.append((weather.index[steps], weather.values[steps, 0], guess[i]))
+        steps = slice(starts[i], starts[i] + weather.known + weather.horizon)
+        truth = weather.values[steps, 0]
+        windows.append((weather.index[steps], truth, guesses["segments"][i]))
     heading = f"{title}: test segments from the best to the worst"
     plots.draw_forecasts(run.folder / "forecasts.png", windows, band, weather.steps_a_day, heading)
 
     truth = weather.truth(weather.starts["daily_origins"])
-    errors_by_name = {}
-    for name, guess in forecasts["daily_origins"].items():
+    errors_by_name = {"model": np.abs(truth - guesses["daily_origins"])}
+    for name, guess in baselines["daily_origins"].items():
         errors_by_name[name.replace("_", " ")] = np.abs(truth - guess)
     heading = f"error by lead time, {title}"
     plots.draw_lead_time(run.folder / "lead_time.png", lead_hours(weather), errors_by_name, heading)
@@ -660,8 +666,8 @@ def compare(args, results):
     for metrics in results:
         title = model_title(metrics["model"], args.base)
         rows.update(error_rows(title, metrics["test"]))  # the baselines of all runs are the same
+    data = results[0]["data"]
     table = [{"model": name, **errors} for name, errors in rows.items()]
-    data = metrics["data"]
     content = {"argv": sys.argv[1:], "seed": args.seed, "data": data}
     content["rows"] = table
     print(f"\nabsolute errors, degC, on the test years{runs.stamp(data)}")
@@ -729,7 +735,7 @@ def main():
     series = read_series(frame, data["path"], args.freq, args.date_column, args.target)
     weather = prepare(args, series, data["path"])
     options.check_folder(args.out)
-    linear = fit_linear(weather)
+    linear = fit_linear(weather)  # with --base mean it is a baseline in the table
     base = linear if args.base == "linear" else Base(fit_view("mean", weather))
     results = []
     for cell in CELLS if args.model == "all" else [args.model]:

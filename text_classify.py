@@ -41,7 +41,7 @@ UNK = 1  # the id of a token that is not in the vocabulary
 MIN_FREQ = 2  # rarer words and characters are UNK
 MAX_TOKENS = 256  # longer texts are cut
 BLANKS = "\ufeff \t\r\n\u3000"  # stripped from both ends of a text
-CURVE_ROWS = 5000  # training rows on which the curves' training loss is measured
+CURVE_ROWS = 5000  # training rows, at most, on which the curves' training loss is measured
 REACH = 40  # tokens over which the gradient's reach is measured
 PRESETS = {"lab": {  # the plain setting of the lab
     "tokens": "word", "pool": "last", "epochs": 20, "patience": 0, "lr": 1e-3, "fall_steps": 0,
@@ -289,11 +289,11 @@ def build_model(config):
 
 def hide_words(tokens, share):
     """A copy of tokens (T, B, aspects) in which the words of a share of the tokens are UNK."""
-    tokens = tokens.clone()
-    words = tokens[:, :, 0]  # a view; the word is the first aspect
+    words = tokens[:, :, 0]  # (T, B); the word is the first aspect
     is_hidden = torch.rand(words.shape, device=words.device) < share
-    words.masked_fill_(is_hidden, UNK)  # padding, too, which nobody reads
-    return tokens
+    partly_hidden = tokens.clone()
+    partly_hidden[:, :, 0] = words.masked_fill(is_hidden, UNK)  # in the padding, too: not read
+    return partly_hidden
 
 
 def make_config(args, cell, reviews, vocabularies):
@@ -319,7 +319,7 @@ def train(args, config, reviews, corpus):
 
     torch.manual_seed(args.seed)
     model = build_model(config).to(corpus.device)
-    curve_rows = train_rows[torch.randperm(len(train_rows))[:CURVE_ROWS]]
+    curve_rows = train_rows[:: len(train_rows) // CURVE_ROWS + 1]
     optimizer = AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=True)
     schedule = LambdaLR(optimizer, runs.rise_and_fall(min(args.fall_steps, num_steps)))
     # The moving average of the weights is what is validated, tested and saved.
@@ -378,8 +378,8 @@ def validate(model, corpus, reviews, curve_rows):
         log_p = p.clamp_min(1e-12).log()
         scores[f"{part}_loss"] = F.nll_loss(log_p, torch.from_numpy(truth)).item()
         scores[f"{part}_accuracy"] = accuracy(matrix)
-    # The last matrix is that of the validation rows.
-    scores["validation_f1_macro"] = precision_recall_f1(matrix, "macro")[2]
+        if part == "validation":
+            _, _, scores["validation_f1_macro"] = precision_recall_f1(matrix, "macro")
     return scores
 
 
@@ -529,14 +529,16 @@ def predict(args, device):
         model = build_model(config).to(device)
         runs.load_weights(model, config["weights"], path)
         classifiers.append((model, config))
-    labels = config["labels"]
-    if any(other["labels"] != labels for _, other in classifiers):
+    labels = classifiers[0][1]["labels"]
+    if any(config["labels"] != labels for _, config in classifiers):
         raise UserError("the checkpoints have different classes; name models of the same data")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8", errors="replace")
-    lines = sys.stdin.buffer if args.predict == "-" else [args.predict.encode()]
-    lines = iter(lines)
-    while batch := list(islice(lines, 256)):
+    lines = iter(sys.stdin.buffer if args.predict == "-" else [args.predict.encode()])
+    while True:
+        batch = list(islice(lines, 256))
+        if not batch:
+            return
         texts = [datasets.decode(line).strip(BLANKS) for line in batch]
         cuts = cut_words(texts)
         p = torch.stack([class_shares(cuts, *classifier, device) for classifier in classifiers])
@@ -584,6 +586,7 @@ def main():
         if runs.is_first():
             results.append(test(run, model, reviews, corpus))
             if args.model == "all":
+                torch.manual_seed(args.seed)  # the weights that training started from
                 fresh = build_model(config).to(device)
                 rows = reviews.split["validation"]
                 name = runs.title_of(cell)

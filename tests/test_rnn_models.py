@@ -441,6 +441,30 @@ def test_an_edited_lstm_is_what_runs_in_both_directions_of_the_bi_lstm(monkeypat
     assert_one_line_on_stderr(capsys, "bi_lstm")
 
 
+def without_gradients_through_time(inputs, state, params):
+    outputs = []
+    for step in range(len(inputs)):
+        output, (H,) = gru(inputs[step : step + 1], state, params)
+        state = (H.detach(),)
+        outputs.append(output)
+    return torch.cat(outputs), state
+
+
+def forgetting_after_20_steps(inputs, state, params):
+    outputs, (H,) = gru(inputs[:20], state, params)
+    more_outputs, last = gru(inputs[20:], (0 * H,), params)
+    return torch.cat([outputs, more_outputs]), last
+
+
+edits = [without_gradients_through_time, forgetting_after_20_steps]
+
+
+@pytest.mark.parametrize("edited_gru", edits)
+def test_an_edit_of_gradients_alone_or_of_late_steps_is_noticed(edited_gru, monkeypatch):
+    monkeypatch.setitem(CELLS, "gru", edited_gru)
+    assert not new_recurrence("gru").use_fast_form
+
+
 def minimal_gated_unit(inputs, state, params):
     """One gate F that forgets and resets (Zhou et al. 2016)."""
     W_xf, W_hf, b_f, W_xh, W_hh, b_h, W_hq, b_q = params
