@@ -25,7 +25,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.swa_utils import AveragedModel
 
 import support.run as runs
 from metrics import mean_error, median_error, rmse
@@ -59,12 +58,13 @@ def parse_args(arguments=None):
     count_or_0 = options.count_or_0
     share = options.share
     positive = options.positive
+    years = options.number(int, 1, 200)
     add("--preset", choices=PRESETS, help="the lab's plain setting; options beside it win")
     add("--date-column", default="Date Time", help="the file's column of dates")
     add("--target", default="T (degC)", help="the file's column to forecast")
     add("--freq", choices=STEPS_A_DAY, default="h", help=STEP_HELP)
     add("--features", choices=["T", "all"], default="T", help="the target, or all columns")
-    add("--train-years", type=count, default=6, help="years that train and validate")
+    add("--train-years", type=years, default=6, help="years that train and validate")
     add("--base", choices=["linear", "mean"], default="linear", help=BASE_HELP)
     add("--hidden", type=count, default=64, help="hidden units h of one direction")
     add("--dropout", type=share, default=0.3, help="share of the last state set to zero")
@@ -91,6 +91,8 @@ def read_series(frame, path, freq, date_column, target):
     Raises UserError for a missing column, an unreadable date, and too few values of the target.
     """
     datasets.check_columns(frame, [date_column, target], path)
+    if target == date_column:
+        raise UserError(f"--target and --date-column are both {target!r}; name two columns")
     raw = frame.drop(columns=date_column)
     raw.insert(0, target, raw.pop(target))
     numbers = raw.apply(pd.to_numeric, errors="coerce").astype(float)
@@ -116,7 +118,8 @@ def read_stamps(column, path):
     Raises UserError for a date that cannot be right; it names the first one.
     """
     texts = column.astype(str).str.strip()
-    stamps = pd.to_datetime(texts, format="ISO8601", errors="coerce")
+    stamps = pd.to_datetime(texts, format="ISO8601", errors="coerce", utc=True)
+    stamps = stamps.dt.tz_localize(None)  # with offsets from UTC, they are times in UTC
     for german_format in (STAMP, "%d.%m.%Y %H:%M"):
         stamps = stamps.fillna(pd.to_datetime(texts, format=german_format, errors="coerce"))
     is_far = (stamps - stamps.median()).abs() > pd.Timedelta(days=200 * 365.25)
@@ -434,7 +437,7 @@ def corrections(model, inputs, past):
 
 
 def make_config(args, cell, weather, base, data):
-    """What best.pt holds beside the weights, the band and the linear forecast."""
+    """What best.pt holds beside what is fitted; a resumed run must have the same."""
     sizes = {"num_hiddens": args.hidden, "horizon": weather.horizon, "dropout": args.dropout}
     sizes["num_inputs"] = base.view.inputs(weather).shape[1]
     config = {"task": "temp", "model": cell, "sizes": sizes, "sha256": data["sha256"]}
@@ -442,8 +445,6 @@ def make_config(args, cell, weather, base, data):
     config["date_column"] = args.date_column
     config["columns"] = weather.columns
     config["base"] = base.view.base
-    config["coefficients"] = base.view.coefficients.tolist()
-    config["scale"] = base.view.scale.tolist()
     return config
 
 
@@ -466,7 +467,7 @@ def train(args, config, weather, base, device):
     optimizer = AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=True)
     schedule = LambdaLR(optimizer, runs.rise_and_fall(min(args.fall_steps, num_steps)))
     # The moving average of the weights is what is validated, tested and saved.
-    average = AveragedModel(model, multi_avg_fn=runs.moving_average(args.average))
+    average = runs.MovingAverage(model, args.average)
     parallel_model = DistributedDataParallel(model) if runs.world_size() > 1 else model
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "average": average}
     run = runs.start(args, config, parts)
@@ -487,7 +488,7 @@ def train(args, config, weather, base, device):
             grad_clipping(model.parameters(), args.clip)
             optimizer.step()
             schedule.step()  # the next step's rate
-            average.update_parameters(model)
+            average.update(model)
         runs.check_finite(model, epoch)
         # The epoch with the least validation error is the one that is tested.
         scores = validate(average.module, weather, base)
@@ -512,12 +513,17 @@ def validate(model, weather, base):
 
 
 def test(run, model, weather, base, linear, data):
-    """Test a trained structure, write its results; returns the content of metrics.json."""
+    """Test a trained structure, write its results; returns the content of metrics.json.
+
+    The band is of the validation errors with `base.W_train`; the forecasts have `base.W_test`.
+    """
     validation = weather.starts["validation"]
     guess = forecast(model, weather, base.view, base.W_train, validation)
     band = np.quantile(weather.truth(validation) - guess, BAND, axis=0)  # (2, horizon), degC
     W = None if base.W_test is None else torch.from_numpy(base.W_test)
-    run.save_best(band=band.tolist(), W=W)
+    coefficients = base.view.coefficients.tolist()
+    scale = base.view.scale.tolist()
+    run.save_best(band=band.tolist(), W=W, coefficients=coefficients, scale=scale)
 
     guesses = {}
     baselines = {}
@@ -675,7 +681,8 @@ def compare(args, results):
         f"Training mean error, degC{runs.stamp(data)}": "train_mean_error",
         "Validation mean error, degC": "validation_mean_error",
     }
-    runs.write_comparison(args.out, "temp", content, panels)
+    cells = [metrics["model"] for metrics in results]
+    runs.write_comparison(args.out, "temp", cells, content, panels)
 
 
 # --- prediction ---------------------------------------------------------------------------------
@@ -714,9 +721,12 @@ def predict(args, device):
 
     print(f"the last known step begins at {recent.index[-1]:{STAMP}}; the forecast covers "
           f"{coming[0]:{STAMP}} to {coming[-1]:{STAMP}}", file=sys.stderr)  # fmt: skip
-    print(f"Date Time,{target},low 10 % (degC),high 90 % (degC)")
-    for i, time in enumerate(coming):
-        print(f"{time:{STAMP}},{guess[i]:.2f},{low[i]:.2f},{high[i]:.2f}")
+    table = pd.DataFrame()
+    table["Date Time"] = coming.strftime(STAMP)
+    table[target] = guess
+    table["low 10 % (degC)"] = low
+    table["high 90 % (degC)"] = high
+    print(table.to_csv(index=False, float_format="%.2f"), end="")
 
 
 # --- from arguments to results ------------------------------------------------------------------
@@ -735,6 +745,7 @@ def main():
     series = read_series(frame, data["path"], args.freq, args.date_column, args.target)
     weather = prepare(args, series, data["path"])
     options.check_folder(args.out)
+    runs.check_same_data(data)
     linear = fit_linear(weather)  # with --base mean it is a baseline in the table
     base = linear if args.base == "linear" else Base(fit_view("mean", weather))
     results = []

@@ -16,7 +16,7 @@ import math
 import sys
 from collections import Counter
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 
 import jieba
@@ -28,7 +28,6 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.swa_utils import AveragedModel
 
 import support.run as runs
 from metrics import accuracy, confusion_matrix, precision_recall_f1
@@ -323,7 +322,7 @@ def train(args, config, reviews, corpus):
     optimizer = AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=True)
     schedule = LambdaLR(optimizer, runs.rise_and_fall(min(args.fall_steps, num_steps)))
     # The moving average of the weights is what is validated, tested and saved.
-    average = AveragedModel(model, multi_avg_fn=runs.moving_average(args.average))
+    average = runs.MovingAverage(model, args.average)
     parallel_model = DistributedDataParallel(model) if runs.world_size() > 1 else model
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "average": average}
     run = runs.start(args, config, parts)
@@ -340,7 +339,7 @@ def train(args, config, reviews, corpus):
             grad_clipping(model.parameters(), args.clip)
             optimizer.step()
             schedule.step()  # the next step's rate
-            average.update_parameters(model)
+            average.update(model)
         runs.check_finite(model, epoch)
         # The epoch with the best validation macro-F1 is the one that is tested.
         scores = validate(average.module, corpus, reviews, curve_rows)
@@ -507,7 +506,8 @@ def compare(args, reviews, results, reach):
         f"Validation cross-entropy{suffix}": "validation_loss",
         "Validation macro-F1": "validation_f1_macro",
     }
-    runs.write_comparison(args.out, "text", content, panels)
+    cells = [metrics["model"] for metrics, _ in results]
+    runs.write_comparison(args.out, "text", cells, content, panels)
     title = f"--pool {args.pool}, validation texts{suffix}"
     plots.draw_gradients(args.out / "text_all" / "gradients.png", reach, title)
 
@@ -534,17 +534,22 @@ def predict(args, device):
         raise UserError("the checkpoints have different classes; name models of the same data")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8", errors="replace")
-    lines = iter(sys.stdin.buffer if args.predict == "-" else [args.predict.encode()])
-    while True:
-        batch = list(islice(lines, 256))
-        if not batch:
-            return
-        texts = [datasets.decode(line).strip(BLANKS) for line in batch]
-        cuts = cut_words(texts)
+    texts = read_lines() if args.predict == "-" else [args.predict]
+    for first in range(0, len(texts), 256):
+        batch = [text.strip(BLANKS) for text in texts[first : first + 256]]
+        cuts = cut_words(batch)
         p = torch.stack([class_shares(cuts, *classifier, device) for classifier in classifiers])
         highest, predicted = p.mean(dim=0).max(dim=1)
-        for text, share, k in zip(texts, highest.tolist(), predicted.tolist(), strict=True):
+        for text, share, k in zip(batch, highest.tolist(), predicted.tolist(), strict=True):
             print(on_one_line(labels[k]), f"{share:.4f}", on_one_line(text), sep="\t")
+
+
+def read_lines():
+    """The lines of the standard input. Raises UserError for what is no text."""
+    try:
+        return list(io.StringIO(datasets.decode(sys.stdin.buffer.read())))
+    except UnicodeDecodeError as error:
+        raise UserError("the input is no UTF-8, UTF-16 or GB18030; save it as UTF-8") from error
 
 
 def class_shares(cuts, model, config, device):
@@ -570,6 +575,7 @@ def main():
 
     reviews = read_reviews(args)
     options.check_folder(args.out)
+    runs.check_same_data(reviews.data)
     cuts = cached_words(reviews.texts, reviews.data["sha256"])
     train_cuts = [cuts[row] for row in reviews.split["train"].tolist()]
     vocabularies = build_vocabularies(train_cuts, args.tokens)

@@ -171,9 +171,12 @@ def read_table(path, options):
         with warnings.catch_warnings():
             # Without index_col=False rows with a field too many would shift all columns.
             warnings.simplefilter("error", pd.errors.ParserWarning)
-            return pd.read_csv(
+            frame = pd.read_csv(
                 io.StringIO(text), sep=separator, decimal=decimal, index_col=False, **options
             )
+        if frame.empty:
+            raise UserError(f"{path} has no rows under its header; name another file")
+        return frame
     except UserError:
         raise
     except pd.errors.ParserWarning as error:

@@ -114,13 +114,16 @@ def pick_device(name):
         return torch.device("cpu")
     if not re.fullmatch(r"auto|cuda|cuda:\d+", name):
         raise UserError(f"--device {name} is not one of auto, cpu, cuda, cuda:N")
+    under_torchrun = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if under_torchrun and name.startswith("cuda:"):
+        raise UserError(f"--device {name} would be that of all processes; leave out the number")
     own_gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     device = torch.device(own_gpu if name in ("auto", "cuda") else name)
     try:
         torch.ones(1, device=device).add(1).item()
     except (RuntimeError, AssertionError) as error:  # no such GPU, or one without kernels here
         reason = str(error).splitlines()[0]
-        if name != "auto":
+        if name != "auto" or under_torchrun:  # all processes must train on the same kind
             raise UserError(f"--device {name} does not work here: {reason}") from error
         print(
             f"the GPU does not work with this torch, so the CPU trains: {reason}", file=sys.stderr

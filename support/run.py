@@ -1,5 +1,8 @@
 """One training's folder: history, checkpoints, resuming; and torchrun's processes."""
 
+import atexit
+import contextlib
+import copy
 import io
 import math
 import os
@@ -31,6 +34,7 @@ def join_processes(device):
     if device.type == "cuda":
         torch.cuda.set_device(device)  # NCCL works on the current device
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    atexit.register(distributed.destroy_process_group)
     if not is_first():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
@@ -59,6 +63,12 @@ def from_first(value):
     return values[0]
 
 
+def check_same_data(data):
+    """Raise UserError if this process has read other data than the first one."""
+    if from_first(data["sha256"]) != data["sha256"]:
+        raise UserError("the processes have read different data; give all of them the same --data")
+
+
 # --- checkpoints --------------------------------------------------------------------------------
 
 
@@ -70,9 +80,10 @@ def save_checkpoint(path, content):
         stream.write(packed.getbuffer())
 
 
-def load_checkpoint(path, task):
+def load_checkpoint(path, task, key="weights"):
     """The dict in a checkpoint of this task ("text" or "temp"). Code in the file is never run.
 
+    key: what must be in it, "weights" for best.pt and "parts" for last.pt.
     Raises UserError for a file that is missing, damaged, foreign or of another version.
     """
     if not path.is_file():
@@ -87,8 +98,8 @@ def load_checkpoint(path, task):
         raise UserError(f"{path} is damaged in {damaged_part}; train again")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is no checkpoint of this version; train again")
-    if content["task"] != task:
-        raise UserError(f"{path} is of another script; name a best.pt that this script wrote")
+    if content["task"] != task or key not in content:
+        raise UserError(f"{path} is no such file of this script; name a best.pt that it wrote")
     return content
 
 
@@ -122,6 +133,9 @@ def start(args, config, parts):
     device = next(model.parameters()).device
     print(f"\n{title_of(config['model'])}: {num_params:,} parameters, {device}", flush=True)
     run = Run(args.out / f"{config['task']}_{config['model']}", config, args, parts)
+    for path in run.folder.glob(".*.part"):  # what a killed run left half-written
+        with contextlib.suppress(OSError):
+            path.unlink()
     if args.resume:
         run.restore()
     else:
@@ -139,7 +153,7 @@ class Run:
     def __init__(self, folder, config, args, parts):
         """config: what best.pt holds beside the weights, "task", "model" and "sha256" of the data
         among it; args: the options; parts: {name: object with a state_dict} that last.pt saves
-        and `restore` restores, "model" and "average", an AveragedModel, among them.
+        and `restore` restores, "model" and "average", a MovingAverage, among them.
         """
         self.folder = folder
         self.config = config
@@ -162,8 +176,6 @@ class Run:
         try:
             for name in RESULTS:
                 (self.folder / name).unlink(missing_ok=True)
-            for path in self.folder.glob(".*.part"):  # what a killed run left half-written
-                path.unlink()
         except OSError as error:
             raise UserError(
                 f"cannot remove {error.filename}: {error.strerror}; close it"
@@ -177,7 +189,8 @@ class Run:
         path = self.folder / "last.pt"
         if not from_first(path.exists()):
             return
-        last = from_first(load_checkpoint(path, self.config["task"]) if is_first() else None)
+        last = load_checkpoint(path, self.config["task"], "parts") if is_first() else None
+        last = from_first(last)
         changed = [name for name in self.options if self.options[name] != last["options"].get(name)]
         if changed:
             option = f"--{changed[0].replace('_', '-')}"
@@ -287,8 +300,8 @@ class Run:
 
 
 def rise_and_fall(steps):
-    """The rate's factor at each step, for LambdaLR: it rises in a twelfth of the steps, falls to a
-    twentieth by their end, and stays there; steps 0: the factor is 1.
+    """The rate's factor at each step, for LambdaLR: it rises for a thirteenth of the steps, to
+    12/13, falls to a twentieth by their end, and stays there; steps 0: the factor is 1.
     """
 
     def factor(step):
@@ -300,17 +313,36 @@ def rise_and_fall(steps):
     return factor
 
 
-def moving_average(decay):
-    """The moving average of the weights, for `AveragedModel(multi_avg_fn=...)`: an exponential one
-    which at first goes over a tenth of the steps so far, so that short runs have one too.
+class MovingAverage:
+    """A copy of a model whose weights are the moving average of the model's weights.
+
+    The average is an exponential one, which at first goes over a tenth of the steps so far, so that
+    short runs have one too. torch's AveragedModel would copy its counter to the GPU in every step
+    and wait for it; here the counter is a Python number.
     """
 
-    def update(averages, weights, count):
-        share = 1 - min(decay, float(count) / (float(count) + 10))
-        for average, weight in zip(averages, weights, strict=True):
-            average.lerp_(weight, share)
+    def __init__(self, model, decay):
+        """decay: the share that the average keeps in each step; 0: no average."""
+        self.module = copy.deepcopy(model)
+        self.decay = decay
+        self.steps = 0
 
-    return update
+    @torch.no_grad()
+    def update(self, model):
+        """Move the average towards the weights of the model."""
+        decay = min(self.decay, self.steps / (self.steps + 10))
+        for average, weight in zip(self.module.parameters(), model.parameters(), strict=True):
+            average.lerp_(weight, 1 - decay)
+        self.steps += 1
+
+    def state_dict(self):
+        """What last.pt holds."""
+        return {"steps": self.steps, "module": self.module.state_dict()}
+
+    def load_state_dict(self, state):
+        """Go on from a `state_dict`."""
+        self.steps = state["steps"]
+        self.module.load_state_dict(state["module"])
 
 
 # --- comparison ---------------------------------------------------------------------------------
@@ -318,7 +350,7 @@ def moving_average(decay):
 
 def title_of(cell):
     """A cell's name in tables and pictures: RNN, GRU, LSTM, Bi-LSTM."""
-    return cell.upper().replace("BI_", "Bi-")
+    return cell.upper().replace("BI_", "Bi-").replace("_", " ")
 
 
 def stamp(data):
@@ -326,11 +358,11 @@ def stamp(data):
     return " (bundled sample)" if data["source"] == "sample" else ""
 
 
-def write_comparison(out, task, content, panels):
+def write_comparison(out, task, cells, content, panels):
     """Print the table of the structures side by side; write comparison.json and comparison.png.
 
-    content: of the JSON file, "rows" among it, a dict for each line of the table, "model" among it;
-    panels {title: column of history.csv} of the picture.
+    cells: the structures; content: of the JSON file, "rows" among it, a dict for each line of the
+    table, "model" among it; panels {title: column of history.csv} of the picture.
     """
     folder = out / f"{task}_all"
     write_json(folder / "comparison.json", content)
@@ -338,9 +370,8 @@ def write_comparison(out, task, content, panels):
     table = table.rename(columns=lambda name: name.replace("_", " "))
     print(table.to_string(index=False, float_format="{:#.4g}".format, na_rep=""))
     histories = {}
-    for path in sorted(out.glob(f"{task}_*/history.csv")):
-        cell = path.parent.name.removeprefix(f"{task}_")
-        histories[title_of(cell)] = pd.read_csv(path)
+    for cell in cells:
+        histories[title_of(cell)] = pd.read_csv(out / f"{task}_{cell}" / "history.csv")
     curves = {}
     for title, column in panels.items():
         curves[title] = {label: history[column] for label, history in histories.items()}

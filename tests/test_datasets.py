@@ -93,6 +93,7 @@ def test_a_zip_must_hold_one_csv_file(tmp_path, names):
 
 UNFIT = {
     "empty.csv": b"",
+    "header_alone.csv": b"cat,label,review\n",
     "picture.csv": b"\x89PNG\r\n\x1a\n" + bytes(range(256)),
     "first_row_longer.csv": b"a,b\n1,2,3\n4,5,6\n",  # no column may shift
     "last_row_longer.csv": b"a,b\n1,2\n4,5,6\n",
@@ -160,7 +161,7 @@ def server(tmp_path, data_dir):
     """The address of a folder that holds a good file and bad ones."""
     (tmp_path / "good").write_bytes(ZIP)
     (tmp_path / "half").write_bytes(ZIP[: len(ZIP) // 2])
-    (tmp_path / "login").write_text("<html>Please log in</html>")
+    (tmp_path / "login").write_text("<html>\nPlease log in\n</html>")
     return f"{tmp_path.as_uri()}/"
 
 

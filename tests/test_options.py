@@ -103,6 +103,19 @@ def test_a_typed_gpu_that_does_not_work_is_refused(broken_gpu, name):
         options.pick_device(name)
 
 
+def test_under_torchrun_no_process_falls_back_to_the_cpu(broken_gpu, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="--device auto does not work here"):
+        options.pick_device("auto")
+
+
+def test_under_torchrun_a_numbered_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="leave out the number"):
+        options.pick_device("cuda:0")
+
+
 def test_without_a_gpu_auto_is_the_cpu(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert options.pick_device("auto") == torch.device("cpu")

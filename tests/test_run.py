@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
 
 from support import run as runs
 from support.files import UserError
@@ -21,7 +20,7 @@ def make_run(folder, inputs=2, sha256="0", **changes):
     model = nn.Linear(inputs, 1)
     parts = {
         "model": model,
-        "average": AveragedModel(model, multi_avg_fn=runs.moving_average(0.9)),
+        "average": runs.MovingAverage(model, decay=0.9),
         "optimizer": torch.optim.AdamW(model.parameters(), lr=0.1),
     }
     config = {"task": "text", "model": "rnn", "sha256": sha256}
@@ -38,7 +37,7 @@ def train(run, scores, patience=0):
             run.parts["optimizer"].zero_grad()
             model(torch.randn(4, 2)).square().mean().backward()
             run.parts["optimizer"].step()
-            run.parts["average"].update_parameters(model)
+            run.parts["average"].update(model)
         score = scores[epoch - 1]
         run.end_epoch({"f1": score}, score)
     return run
@@ -70,11 +69,11 @@ def test_a_rate_without_steps_is_constant():
 
 def test_the_moving_average_by_hand():
     model = nn.ParameterList([torch.zeros(1)])
-    average = AveragedModel(model, multi_avg_fn=runs.moving_average(0.15))
+    average = runs.MovingAverage(model, decay=0.15)
     averages = []
     for weight in [11, 22, 41]:
         model[0].data.fill_(weight)
-        average.update_parameters(model)
+        average.update(model)
         averages.append(average.module[0].item())
     # A copy; then 1/11 of it stays, as 1/11 < 0.15; then 0.15 of the average stays, as 0.15 < 2/12.
     assert averages == pytest.approx([11, 11 / 11 + 22 * 10 / 11, 0.15 * 21 + 0.85 * 41])
@@ -148,7 +147,7 @@ def test_the_seconds_per_epoch_are_the_mean(tmp_path, read_json):
 
 RESULTS = (
     "last.pt best.pt metrics.json history.csv predictions.csv curves.png confusion.png "
-    "forecasts.png lead_time.png .best.pt.7.part"
+    "forecasts.png lead_time.png"
 )
 
 
@@ -224,7 +223,7 @@ def test_half_a_checkpoint_is_noticed(trained):
     path = trained / "last.pt"
     os.truncate(path, path.stat().st_size // 2)
     with pytest.raises(UserError, match=r"last\.pt cannot be read"):
-        load_checkpoint(path, "text")
+        load_checkpoint(path, "text", key="parts")
 
 
 def test_a_missing_checkpoint_is_named(tmp_path):
@@ -233,8 +232,13 @@ def test_a_missing_checkpoint_is_named(tmp_path):
 
 
 def test_a_checkpoint_of_the_other_script_is_refused(trained):
-    with pytest.raises(UserError, match="of another script"):
-        load_checkpoint(trained / "last.pt", "temp")
+    with pytest.raises(UserError, match="no such file of this script"):
+        load_checkpoint(trained / "last.pt", "temp", key="parts")
+
+
+def test_a_checkpoint_to_go_on_from_is_no_model_to_predict_with(trained):
+    with pytest.raises(UserError, match=r"name a best\.pt"):
+        load_checkpoint(trained / "last.pt", "text")
 
 
 def test_a_checkpoint_of_another_version_is_refused(trained, monkeypatch):

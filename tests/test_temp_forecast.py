@@ -71,6 +71,12 @@ def test_a_date_is_read_in_each_form():
     assert list(series["T"]) == [0, 1, 2, 3, 4, 5]
 
 
+def test_dates_with_offsets_are_times_in_utc():
+    series = read("2009-10-25 02:00+02:00,0,1\n2009-10-25 02:00+01:00,0,2")
+    assert series.index[0] == pd.Timestamp("2009-10-25 00:00")
+    assert list(series["T"]) == [1, 2]
+
+
 @pytest.mark.parametrize("date", ["", "yesterday", "31.02.2009 00:00", "2509-01-01 00:00"])
 def test_an_unreadable_or_far_date_is_refused_with_its_row(date):
     rows = f"2009-01-01 00:00,0,1\n{date},0,1\n2009-01-01 01:00,0,1"

@@ -425,7 +425,7 @@ def test_a_fifth_cell_needs_its_loop_and_its_gates(train, predict, tmp_path, mon
 # --- prediction and mistakes --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("encoding", ["utf-8-sig", "gb18030"])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "gb18030"])
 def test_the_lines_of_the_input_are_classified(encoding, trained, predict, monkeypatch):
     folder = trained / "text_gru"
     table = pd.read_csv(folder / "predictions.csv")
@@ -462,7 +462,7 @@ mistakes = {
     "--model cnn": "'cnn'",
     "--data absent.csv --out .": "absent.csv does not exist",
     "--checkpoint missing.pt --predict x": "missing.pt is no file",
-    "--checkpoint sure.pt temp.pt --predict x": "temp.pt is of another script",
+    "--checkpoint sure.pt temp.pt --predict x": "temp.pt is no such file",
     "--checkpoint sure.pt other.pt --predict x": "different classes",
     "--checkpoint sure.pt --predict x --lr 4e-3": "--lr has no effect",
 }
