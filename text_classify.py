@@ -459,11 +459,10 @@ def write_predictions(path, reviews, p):
 
 
 def gradient_reach(model, corpus, rows):
-    """How far back an input counts: for each distance 0..REACH-1 from a text's end the norm of the
-    gradient ||dL/dX_t|| of the embedded input there, as a share of the text's last REACH ones; the
-    median over up to 512 texts of at least REACH tokens in rows, divided by that at the end.
+    """How far back an input counts: the gradient's norm ||dL/dX_t|| of the embedded input at each
+    distance 0..REACH-1 from a text's end, as a share of the sum of these norms.
 
-    Returns [] if no text is long enough, or the end has no gradient.
+    The mean over up to 512 texts of at least REACH tokens in rows; [] if no text is long enough.
     """
     model.eval()
     rows = rows[corpus.lengths[rows] >= REACH][:512]
@@ -475,11 +474,8 @@ def gradient_reach(model, corpus, rows):
         (gradient,) = torch.autograd.grad(loss, inputs)
         distances = torch.arange(REACH, device=corpus.device)[:, None]
         norms = gradient.norm(dim=2).gather(0, lengths - 1 - distances)  # (REACH, B)
-        shares.append(norms / norms.sum(dim=0))
-    if not shares:
-        return []
-    medians = torch.cat(shares, dim=1).median(dim=1).values  # (REACH,)
-    return (medians / medians[0]).tolist() if medians[0] > 0 else []
+        shares.append(norms / norms.sum(dim=0).clamp_min(1e-30))
+    return torch.cat(shares, dim=1).mean(dim=1).tolist() if shares else []
 
 
 def compare(args, reviews, results, reach):

@@ -84,7 +84,7 @@ def draw_confusion(path, matrix, classes, title):
 
 
 def draw_gradients(path, reach, title):
-    """How far back an input counts: reach {model: (steps,) norms relative to the end's}."""
+    """How far back an input counts: reach {model: (steps,) shares of the gradient's norm}."""
     figure = new_figure(6.5, 4)
     axes = figure.subplots()
     for number, (name, values) in enumerate(reach.items()):
@@ -92,7 +92,7 @@ def draw_gradients(path, reach, title):
         axes.semilogy(values, line, color=f"C{number // 2}", label=name)
     axes.set_title(title)
     axes.set_xlabel("tokens before the text's end")
-    axes.set_ylabel("||dL/dX_t|| / at the end")
+    axes.set_ylabel("share of ||dL/dX_t||")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     save(figure, path)
