@@ -1,7 +1,11 @@
 """temp_forecast.py: the series, its windows, the linear forecast, the network, and whole runs."""
 
 import io
+import threading
+import zipfile
 from dataclasses import replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pandas as pd
@@ -10,6 +14,7 @@ import torch
 
 import temp_forecast
 from rnn_models import CELLS, GATES, rnn
+from support import datasets
 from support import run as runs
 from support.files import UserError
 from temp_forecast import (
@@ -502,3 +507,43 @@ def test_a_mistake_ends_with_one_line_and_status_2(option, exit_status, daily_pa
     assert status == 2
     assert message.count("\n") == 1
     assert MISTAKES[option] in message
+
+
+# --- the official file --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def official_zip(tmp_path):
+    """A zip made on a Mac, of a made-up table with the form of the official one."""
+    stamps = pd.date_range("2009-01-01 00:10", periods=datasets.JENA_ROWS, freq="10min")
+    frame = pd.DataFrame(1, index=stamps, columns=datasets.JENA_COLUMNS)
+    frame["Date Time"] = stamps.strftime("%d.%m.%Y %H:%M:%S")
+    frame["T (degC)"] = stamps.day_of_year % 30
+    path = tmp_path / "official.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("jena_climate_2009_2016.csv", frame.to_csv(index=False))
+        archive.writestr("__MACOSX/._jena_climate_2009_2016.csv", b"\0\5\x16\7")
+    return path
+
+
+@pytest.fixture
+def server(tmp_path):
+    """The address of a local server that sends the files of a folder."""
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+@pytest.mark.slow
+def test_the_script_runs_on_a_download_from_the_second_address(
+    official_zip, server, run_main, read_json, tmp_path, monkeypatch
+):
+    urls = (server + "absent.zip", server + "official.zip")
+    monkeypatch.setattr(datasets, "CLIMATE", replace(datasets.CLIMATE, urls=urls))
+    monkeypatch.setattr(datasets, "DATA_DIR", tmp_path / "data")
+    run_main(temp_forecast, "--freq=D", "--epochs=1", "--hidden=2", f"--out={tmp_path}")
+    data = read_json(tmp_path / "temp_lstm" / "metrics.json")["data"]
+    assert data["source"] == "download"
+    assert data["rows"] == 420_551
