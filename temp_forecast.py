@@ -466,7 +466,7 @@ def train(args, config, weather, base, device):
     model = build_model(config).to(device)
     optimizer = AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=True)
     schedule = LambdaLR(optimizer, runs.rise_and_fall(min(args.fall_steps, num_steps)))
-    # The moving average of the weights is what is validated, tested and saved.
+    # Validate, test and save the moving average of the weights.
     average = runs.MovingAverage(model, args.average)
     parallel_model = DistributedDataParallel(model) if runs.world_size() > 1 else model
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "average": average}

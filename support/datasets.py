@@ -33,8 +33,9 @@ JENA_COLUMNS = [
 
 
 def check_jena(frame):
-    """Raise ValueError unless a DataFrame is the official Jena series, of which no hash is known:
-    two addresses send the same table in different zips.
+    """Raise ValueError unless a DataFrame is the official Jena series.
+
+    Its two addresses send the same table in different zips, so a hash could not tell.
     """
     if list(frame.columns) != JENA_COLUMNS or len(frame) != JENA_ROWS:
         raise ValueError(f"sent {len(frame)} rows and {len(frame.columns)} columns, another table")
