@@ -412,7 +412,7 @@ def build_model(config):
 
 def forecast(model, weather, view, W, starts):
     """The forecast (n, horizon), degC, of base and network for windows that begin at starts."""
-    inputs = view.inputs(weather)
+    inputs = torch.from_numpy(view.inputs(weather)).float().to(model.recurrence.W_hq.device)
     correction = corrections(model, inputs, weather.past(starts))
     return base_forecast(weather, view, W, starts) + view.scale[0] * correction
 
@@ -424,11 +424,9 @@ def corrections(model, inputs, past):
     inputs: (N, D); past: the known steps (n, known) of each window, rows of inputs.
     """
     model.eval()
-    device = model.recurrence.W_hq.device
-    inputs = torch.from_numpy(inputs).float().to(device)
     parts = []
-    for steps in torch.from_numpy(past).split(512):
-        X = inputs[steps.T.to(device)]  # (known, B, D)
+    for steps in torch.from_numpy(past).to(inputs.device).split(512):
+        X = inputs[steps.T]  # (known, B, D)
         parts.append(model(X).cpu())
     return torch.cat(parts).numpy()
 
@@ -452,11 +450,10 @@ def train(args, config, weather, base, device):
     """Train one structure; returns its run, and the model with the best epoch's weights."""
     starts = weather.starts["train"]
     unit = float(base.view.scale[0])  # degC
-    without_network = base_forecast(weather, base.view, base.W_train, starts)
-    residuals = (weather.truth(starts) - without_network) / unit
-    residuals = torch.from_numpy(residuals).float().to(device)  # (n, horizon)
-    inputs = base.view.inputs(weather)  # (N, D)
-    inputs = torch.from_numpy(inputs).float().to(device)
+    # What the network learns to forecast: what its base leaves over.
+    residuals = {part: base_residuals(weather, base, part) for part in ("train", "validation")}
+    targets = torch.from_numpy(residuals["train"]).float().to(device)  # (n, horizon)
+    inputs = torch.from_numpy(base.view.inputs(weather)).float().to(device)  # (N, D)
     past = torch.from_numpy(weather.past(starts)).to(device)  # (n, known)
     stride = min(3, weather.steps_a_day)  # three hours, or a day
     batches_an_epoch = math.ceil(len(starts) / stride / args.batch_size)
@@ -481,7 +478,7 @@ def train(args, config, weather, base, device):
         for rows in run.progress(shuffled.split(args.batch_size)):
             rows = rows.to(device, non_blocking=True)  # a GPU's earlier steps are not waited for
             X = inputs[past[rows].T]  # (known, B, D)
-            Y = residuals[rows]  # (B, horizon)
+            Y = targets[rows]  # (B, horizon)
             loss = (parallel_model(X) - Y).abs().mean() * unit  # mean absolute error, degC
             optimizer.zero_grad()
             loss.backward()  # back-propagation through time
@@ -491,21 +488,31 @@ def train(args, config, weather, base, device):
             average.update(model)
         runs.check_finite(model, epoch)
         # The epoch with the least validation error is the one that is tested.
-        scores = validate(average.module, weather, base)
+        scores = validate(average.module, weather, inputs, residuals, unit)
         run.end_epoch(scores, score=-scores["validation_mean_error"])
 
     model.load_state_dict(run.best["weights"])
     return run, model
 
 
-def validate(model, weather, base):
-    """Mean errors, degC, on some training windows and on the validation windows."""
-    train_starts = weather.starts["train"]
-    some = train_starts[:: len(train_starts) // CURVE_WINDOWS + 1]
+def base_residuals(weather, base, part):
+    """Truth minus base forecast (n, horizon) of a part's windows, in units of the view's scale."""
+    starts = weather.starts[part]
+    error = weather.truth(starts) - base_forecast(weather, base.view, base.W_train, starts)
+    return error / base.view.scale[0]
+
+
+def validate(model, weather, inputs, residuals, unit):
+    """Mean errors, degC, on some training windows and on the validation windows.
+
+    inputs: (N, D); residuals: {part: (n, horizon)} of `base_residuals`; unit: degC.
+    """
+    train_stride = len(weather.starts["train"]) // CURVE_WINDOWS + 1
     scores = {}
-    for part, starts in {"train": some, "validation": weather.starts["validation"]}.items():
-        guess = forecast(model, weather, base.view, base.W_train, starts)
-        scores[f"{part}_mean_error"] = mean_error(weather.truth(starts), guess)
+    for part, stride in (("train", train_stride), ("validation", 1)):
+        past = weather.past(weather.starts[part][::stride])
+        correction = corrections(model, inputs, past)
+        scores[f"{part}_mean_error"] = unit * mean_error(residuals[part][::stride], correction)
     return scores
 
 

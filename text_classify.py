@@ -16,7 +16,8 @@ import math
 import sys
 from collections import Counter
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
+from operator import add
 from pathlib import Path
 
 import jieba
@@ -37,7 +38,7 @@ from support.files import UserError, whole_file, write_csv
 
 PAD = 0  # the id behind a text's end
 UNK = 1  # the id of a token that is not in the vocabulary
-MIN_FREQ = 2  # rarer words and characters are UNK
+MIN_FREQ = {"word": 2, "char": 2, "pair": 20}  # rarer tokens are UNK
 MAX_TOKENS = 256  # longer texts are cut
 BLANKS = "\ufeff \t\r\n\u3000"  # stripped from both ends of a text
 CURVE_ROWS = 5000  # training rows, at most, on which the curves' training loss is measured
@@ -47,6 +48,7 @@ PRESETS = {"lab": {  # the plain setting of the lab
     "weight_decay": 1e-4, "average": 0.0, "label_smoothing": 0.0, "word_dropout": 0.0,
 }}  # fmt: skip
 
+TOKENS = ("word", "char", "word+char", "word+char+pair")
 TOKENS_HELP = "jieba's words, or characters and beside each the word that it is in"
 PREDICT_HELP = "classify this text, - each line of the input; --predict=TEXT if it begins with -"
 
@@ -65,7 +67,7 @@ def parse_args(arguments=None):
     add("--preset", choices=PRESETS, help="the lab's plain setting; options beside it win")
     add("--text-column", default="review", help="the file's column of texts")
     add("--label-column", default="cat", help="the file's column of classes")
-    add("--tokens", choices=["both", "word"], default="both", help=TOKENS_HELP)
+    add("--tokens", choices=TOKENS, default="word+char+pair", help=TOKENS_HELP)
     add("--embedding", type=count, default=128, help="size D of an embedding")
     add("--hidden", type=count, default=128, help="hidden units h of one direction")
     add("--pool", choices=POOLS, default="max", help="how a text's states become one")
@@ -160,8 +162,9 @@ def tokenize(cuts, kind):
     """Tokens of texts cut into words: {aspect: all texts' tokens in a row}, and the number of
     tokens of each text.
 
-    kind: "word" for words; "both" for characters with two aspects, the character and the word that
-    it is in. A text without words becomes one unknown token.
+    kind: "word" for words; otherwise a text's steps are its characters, and "word+char" and
+    "word+char+pair" name their aspects: the word that a character is in, the character itself,
+    the pair of it and the next one. A text without words becomes one unknown token.
     """
     cuts = [cut or ["\0"] for cut in cuts]
     words = list(chain.from_iterable(cuts))
@@ -170,20 +173,24 @@ def tokenize(cuts, kind):
     word_of_each = []
     for word in words:
         word_of_each += [word] * len(word)
+    text = "".join(words)
+    pairs = list(map(add, text, text[1:] + "\0"))
     lengths = [sum(map(len, cut)) for cut in cuts]
-    return {"word": word_of_each, "char": list("".join(words))}, lengths
+    for end in accumulate(lengths):
+        pairs[end - 1] = text[end - 1]  # a text's last character has no next one
+    tokens = {"word": word_of_each, "char": list(text), "pair": pairs}
+    return {aspect: tokens[aspect] for aspect in kind.split("+")}, lengths
 
 
 def build_vocabularies(cuts, kind):
     """{aspect: its frequent tokens, most frequent first} of the training texts; ids begin at 2."""
-    words = list(chain.from_iterable(cuts))
-    tokens = {"word": words}
-    if kind == "both":
-        tokens["char"] = "".join(words)
+    tokens, _ = tokenize(cuts, kind)
+    if kind != "word":
+        tokens["word"] = chain.from_iterable(cuts)  # a word counts once, however long it is
     vocabularies = {}
     for aspect, values in tokens.items():
         counts = Counter(values).most_common()
-        vocabularies[aspect] = [token for token, count in counts if count >= MIN_FREQ]
+        vocabularies[aspect] = [token for token, n in counts if n >= MIN_FREQ[aspect]]
     return vocabularies
 
 

@@ -7,7 +7,8 @@ each weight's gradient after it.
 
 G directions side by side, T steps, B sequences, D inputs, h units. X is a step's input, H its
 state, H_prev the state before. dV is the gradient of the loss with respect to V, dY the part of dH
-that comes from above, A the sum inside a gate, s the logistic sigmoid, * the elementwise product.
+that does not come from the next step, A the sum inside a gate, s the logistic sigmoid, * the
+elementwise product.
 W_x, W_h and b hold all gates side by side, the LSTM's for example W_x = [W_xi W_xf W_xo W_xc].
 """
 
@@ -68,8 +69,8 @@ class RNN(Function):
         H = H_0  # (G, B, h)
         for A in states.unbind(1):
             # H = tanh(X W_x + H_prev W_h + b)
-            A_new = torch.baddbmm(A, H, W_h)
-            H = tanh(A_new, out=A)
+            A.baddbmm_(H, W_h)
+            H = tanh(A, out=A)
         ctx.save_for_backward(inputs, W_x, W_h, H_0, states)
         return states
 
@@ -78,15 +79,14 @@ class RNN(Function):
     def backward(ctx, dY_all):
         inputs, W_x, W_h, H_0, states = ctx.saved_tensors
         dA_all = torch.empty_like(states)
-        W_hT = W_h.mT.contiguous()
-        dH = dY_all[:, -1]
-        dY_before = before(torch.zeros_like(H_0), dY_all)
-        steps = by_step(states, dY_before, dA_all)
-        for H, dY_prev, dA in reversed(steps):
-            # dA = dH * (1 - H^2)
+        dH = torch.zeros_like(H_0)  # what the next step passes back
+        steps = by_step(states, dY_all, dA_all)
+        for H, dY, dA in reversed(steps):
+            # dH = dY + dH;  dA = dH * (1 - H^2)
+            dH = dY + dH
             tanh_backward(dH, H, grad_input=dA)
-            # dH_prev = dY_prev + dA W_h^T
-            dH = torch.baddbmm(dY_prev, dA, W_hT)
+            # dH_prev = dA W_h^T
+            dH = torch.bmm(dA, W_h.mT)
         dX, dW_x, db = input_gradients(inputs, W_x, dA_all)
         # dW_h = sum of H_prev^T dA
         dW_h = sum_of_products(before(H_0, states), dA_all)
@@ -105,17 +105,15 @@ class GRU(Function):
         gates = input_product(inputs, W_x, b)  # X W_x + b, later Z R H~
         states = torch.empty_like(gates[..., :h])
         H = H_0  # (G, B, h)
-        ZR_all = gates[..., : 2 * h]
-        Z_all, R_all, H_tilde_all = gates.chunk(3, dim=3)
-        steps = by_step(ZR_all, Z_all, R_all, H_tilde_all, states)
+        steps = by_step(gates[..., : 2 * h], *gates.chunk(3, dim=3), states)
         for ZR, Z, R, H_tilde, H_new in steps:
             # Z = s(X W_xz + H_prev W_hz + b_z), R likewise
-            A = torch.baddbmm(ZR, H, W_hzr)
-            torch.sigmoid(A, out=ZR)
+            ZR.baddbmm_(H, W_hzr)
+            ZR.sigmoid_()
             # H~ = tanh(X W_xh + M W_hh + b_h)
             M = R * H
-            A = torch.baddbmm(H_tilde, M, W_hh)
-            tanh(A, out=H_tilde)
+            H_tilde.baddbmm_(M, W_hh)
+            tanh(H_tilde, out=H_tilde)
             # H = Z * H_prev + (1 - Z) * H~
             H = torch.lerp(H_tilde, H, Z, out=H_new)
         ctx.save_for_backward(inputs, W_x, W_h, H_0, gates, states)
@@ -127,40 +125,35 @@ class GRU(Function):
         inputs, W_x, W_h, H_0, gates, states = ctx.saved_tensors
         h = H_0.shape[2]
         W_hzr, W_hh = W_h.split([2 * h, h], dim=2)
-        W_hzrT = W_hzr.mT.contiguous()
-        W_hhT = W_hh.mT.contiguous()
         H_before = before(H_0, states)
         dA_all = torch.empty_like(gates)
-        dA_zr_all, dA_h_all = dA_all.split([2 * h, h], dim=3)
-        dH = dY_all[:, -1]
-        dY_before = before(torch.zeros_like(H_0), dY_all)
-        dZ_all, dR_all, _ = dA_all.chunk(3, dim=3)
-        ZR_all = gates[..., : 2 * h]
-        Z_all, R_all, H_tilde_all = gates.chunk(3, dim=3)
-        values = by_step(ZR_all, Z_all, R_all, H_tilde_all, H_before)
-        gradients = by_step(dY_before, dA_zr_all, dZ_all, dR_all, dA_h_all)
+        dA_zr_all = dA_all[..., : 2 * h]
+        dH = torch.zeros_like(H_0)  # what the next step passes back
+        values = by_step(gates[..., : 2 * h], *gates.chunk(3, dim=3), H_before)
+        gradients = by_step(dY_all, dA_zr_all, *dA_all.chunk(3, dim=3))
         for t in reversed(range(len(values))):
             ZR, Z, R, H_tilde, H_prev = values[t]
-            dY_prev, dA_zr, dZ, dR, dA_h = gradients[t]
-            # dH~ = dH * (1 - Z);  dA_h = dH~ * (1 - H~^2);  dM = dA_h W_hh^T
+            dY, dA_zr, dZ, dR, dA_h = gradients[t]
+            # dH = dY + dH;  dH~ = dH * (1 - Z);  dA_h = dH~ * (1 - H~^2);  dM = dA_h W_hh^T
+            dH = dY + dH
             dH_Z = dH * Z
             dH_tilde = dH - dH_Z
             tanh_backward(dH_tilde, H_tilde, grad_input=dA_h)
-            dM = torch.bmm(dA_h, W_hhT)
+            dM = torch.bmm(dA_h, W_hh.mT)
             # dZ = dH * (H_prev - H~);  dR = dM * H_prev
             difference = H_prev - H_tilde
             torch.mul(dH, difference, out=dZ)
             torch.mul(dM, H_prev, out=dR)
             # dA_zr = dZR * ZR * (1 - ZR), in place of dZ and dR
             sigmoid_backward(dA_zr, ZR, grad_input=dA_zr)
-            # dH_prev = dY_prev + dH * Z + dM * R + dA_zr W_hzr^T
-            direct = dH_Z.addcmul_(dM, R) + dY_prev
-            dH = torch.baddbmm(direct, dA_zr, W_hzrT)
+            # dH_prev = dH * Z + dM * R + dA_zr W_hzr^T
+            dH = dH_Z.addcmul_(dM, R)
+            dH.baddbmm_(dA_zr, W_hzr.mT)
         dX, dW_x, db = input_gradients(inputs, W_x, dA_all)
         # dW_hzr = sum of H_prev^T dA_zr;  dW_hh = sum of M^T dA_h
-        M_all = R_all * H_before
+        _, R_all, _ = gates.chunk(3, dim=3)
         dW_hzr = sum_of_products(H_before, dA_zr_all)
-        dW_hh = sum_of_products(M_all, dA_h_all)
+        dW_hh = sum_of_products(R_all * H_before, dA_all[..., 2 * h :])
         dW_h = torch.cat([dW_hzr, dW_hh], dim=2)
         return dX, dW_x, dW_h, db, dH
 
@@ -181,9 +174,7 @@ class LSTM(Function):
         memories, tanhs = gates.new_empty(2, G, kept_steps, B, h).expand(2, G, T, B, h)
         H = H_0  # (G, B, h)
         C = C_0  # (G, B, h)
-        IFO_all = gates[..., : 3 * h]
-        I_all, F_all, O_all, C_tilde_all = gates.chunk(4, dim=3)
-        sums = by_step(gates, IFO_all, I_all, F_all, O_all, C_tilde_all)
+        sums = by_step(gates, gates[..., : 3 * h], *gates.chunk(4, dim=3))
         results = by_step(states, memories, tanhs)
         for t in range(T):
             A, IFO, I, F, O, C_tilde = sums[t]
@@ -208,21 +199,16 @@ class LSTM(Function):
         inputs, W_x, W_h, H_0, C_0, gates, states, memories, tanhs = ctx.saved_tensors
         h = H_0.shape[2]
         dA_all = torch.empty_like(gates)
-        W_hT = W_h.mT.contiguous()
-        dH = dY_all[:, -1]
+        dH = torch.zeros_like(H_0)  # what the next step passes back, dC likewise
         dC = torch.zeros_like(C_0)
-        dY_before = before(torch.zeros_like(H_0), dY_all)
         C_before = before(C_0, memories)
-        IFO_all = gates[..., : 3 * h]
-        I_all, F_all, O_all, C_tilde_all = gates.chunk(4, dim=3)
-        values = by_step(IFO_all, I_all, F_all, O_all, C_tilde_all, C_before, tanhs)
-        dA_ifo_all = dA_all[..., : 3 * h]
-        dI_all, dF_all, dO_all, dA_c_all = dA_all.chunk(4, dim=3)
-        gradients = by_step(dY_before, dA_all, dA_ifo_all, dI_all, dF_all, dO_all, dA_c_all)
+        values = by_step(gates[..., : 3 * h], *gates.chunk(4, dim=3), C_before, tanhs)
+        gradients = by_step(dY_all, dA_all, dA_all[..., : 3 * h], *dA_all.chunk(4, dim=3))
         for t in reversed(range(len(values))):
             IFO, I, F, O, C_tilde, C_prev, tanh_C = values[t]
-            dY_prev, dA, dA_ifo, dI, dF, dO, dA_c = gradients[t]
-            # dC = dC + dH * O * (1 - tanh(C)^2)
+            dY, dA, dA_ifo, dI, dF, dO, dA_c = gradients[t]
+            # dH = dY + dH;  dC = dC + dH * O * (1 - tanh(C)^2)
+            dH = dY + dH
             dC = dC + tanh_backward(dH * O, tanh_C, grad_input=dA_c)  # dA_c as scratch memory
             # dI = dC * C~;  dF = dC * C_prev;  dO = dH * tanh(C)
             torch.mul(dC, C_tilde, out=dI)
@@ -234,8 +220,8 @@ class LSTM(Function):
             tanh_backward(dC * I, C_tilde, grad_input=dA_c)
             # dC_prev = dC * F
             dC = dC * F
-            # dH_prev = dY_prev + dA W_h^T
-            dH = torch.baddbmm(dY_prev, dA, W_hT)
+            # dH_prev = dA W_h^T
+            dH = torch.bmm(dA, W_h.mT)
         dX, dW_x, db = input_gradients(inputs, W_x, dA_all)
         # dW_h = sum of H_prev^T dA
         dW_h = sum_of_products(before(H_0, states), dA_all)

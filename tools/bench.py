@@ -1,4 +1,4 @@
-"""Time our recurrences beside torch's own layers: a training step and inference.
+"""Our recurrences beside torch's own layers: time of a training step and of inference, memory.
 
     python -m tools.bench                        the table, on two threads of the CPU
     python -m tools.bench --device cuda          on a GPU
@@ -7,6 +7,7 @@
 Ours, torch's layer and the plain loop (under autograd) take turns in random order within one
 process, and medians are compared, so that other work on the machine disturbs all three alike. Each
 has a linear head. The GRUs differ: ours resets the state before the product, torch.nn.GRU after it.
+The memory is what the forward pass keeps for the backward pass, parameters and inputs among it.
 """
 
 import platform
@@ -16,6 +17,7 @@ import time
 
 import torch
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from rnn_models import CELLS, Recurrence, init_params, init_state
 from support import options
@@ -24,7 +26,8 @@ SHAPES = [(50, 64, 128, 128), (100, 64, 300, 256), (120, 256, 1, 64)]  # T, B, D
 OUTPUTS = 10
 LAYERS = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM, "bi_lstm": nn.LSTM}
 KINDS = ("ours", "torch", "loop")
-COLUMNS = "| ours | torch | loop | ours/torch " * 2  # ms of a training step, then of inference
+# Milliseconds of a training step, then of inference; then megabytes.
+COLUMNS = "| ours | torch | loop | ours/torch " * 2 + "| ours, MB | torch, MB | loop, MB "
 
 
 def make(kind, cell, shape, device):
@@ -77,6 +80,21 @@ def measure(step, functions, inputs, rounds):
     return {kind: statistics.median(values) for kind, values in times.items()}
 
 
+def kept_megabytes(function, inputs):
+    """Megabytes that autograd keeps from the forward pass for the backward pass."""
+    sizes = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()  # views of one tensor count once
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = function(inputs)  # alive as long as the hooks, and with it all that is kept
+    del outputs
+    return sum(sizes.values()) / 1e6
+
+
 def parse_args():
     """The command line as a namespace."""
     parser = options.Parser(__doc__)
@@ -94,9 +112,9 @@ def main():
     rounds = 3 if args.quick else 15
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     print(f"{machine}, {args.threads} threads, torch {torch.__version__}; milliseconds, first of a "
-          "training step, then of inference\n")  # fmt: skip
+          "training step, then of inference; megabytes kept for the backward pass\n")  # fmt: skip
     print(f"| T, B, D, h | cell {COLUMNS}|")
-    print(f"| --- | --- {'| ---: ' * 8}|")
+    print(f"| --- | --- {'| ---: ' * 11}|")
     ratios = {"training": [], "inference": []}
     for shape in SHAPES:
         for cell in LAYERS:
@@ -108,6 +126,8 @@ def main():
                 ratio = times["ours"] / times["torch"]
                 ratios[mode].append(ratio)
                 texts += [f"{number:.2f}" for number in (*times.values(), ratio)]
+            for function, _ in functions.values():
+                texts.append(f"{kept_megabytes(function, inputs):.1f}")
             print(f"| {' | '.join(texts)} |", flush=True)
     for mode, values in ratios.items():
         mean = statistics.geometric_mean(values)
