@@ -48,8 +48,8 @@ PRESETS = {"lab": {  # the plain setting of the lab
     "weight_decay": 1e-4, "average": 0.0, "label_smoothing": 0.0, "word_dropout": 0.0,
 }}  # fmt: skip
 
-TOKENS = ("word", "char", "word+char", "word+char+pair")
-TOKENS_HELP = "jieba's words, or characters and beside each the word that it is in"
+TOKENS = ("word", "word+char", "word+char+pair")
+TOKENS_HELP = "jieba's words; or characters, each with its word, and with the next character"
 PREDICT_HELP = "classify this text, - each line of the input; --predict=TEXT if it begins with -"
 
 
@@ -162,9 +162,9 @@ def tokenize(cuts, kind):
     """Tokens of texts cut into words: {aspect: all texts' tokens in a row}, and the number of
     tokens of each text.
 
-    kind: "word" for words; otherwise a text's steps are its characters, and "word+char" and
-    "word+char+pair" name their aspects: the word that a character is in, the character itself,
-    the pair of it and the next one. A text without words becomes one unknown token.
+    kind: "word" for words. Otherwise a token is a character, and kind names its aspects: the word
+    that it is in, the character itself, the pair of it and the next one. A text without words
+    becomes one unknown token.
     """
     cuts = [cut or ["\0"] for cut in cuts]
     words = list(chain.from_iterable(cuts))
@@ -174,10 +174,10 @@ def tokenize(cuts, kind):
     for word in words:
         word_of_each += [word] * len(word)
     text = "".join(words)
-    pairs = list(map(add, text, text[1:] + "\0"))
+    pairs = list(map(add, text, text[1:] + " "))  # each character with the next one
     lengths = [sum(map(len, cut)) for cut in cuts]
     for end in accumulate(lengths):
-        pairs[end - 1] = text[end - 1]  # a text's last character has no next one
+        pairs[end - 1] = text[end - 1]  # a text's last character is alone
     tokens = {"word": word_of_each, "char": list(text), "pair": pairs}
     return {aspect: tokens[aspect] for aspect in kind.split("+")}, lengths
 
@@ -249,7 +249,7 @@ class TextClassifier(nn.Module):
     def __init__(
         self, cell, vocab_sizes, num_inputs, num_hiddens, num_classes, pool="max", dropout=0.4
     ):
-        """vocab_sizes: a size for each aspect of a token (word, character).
+        """vocab_sizes: a size for each aspect of a token (word, character, pair).
 
         num_inputs: D, an embedding's size; num_hiddens: h; dropout: share of the embedded inputs
         and of the pooled states set to zero in training. Raises ValueError for an unknown cell.

@@ -108,14 +108,26 @@ def test_tokens_are_words_and_an_empty_text_is_one_unknown_token():
 def test_or_tokens_are_characters_beside_their_words():
     words = ["很", "清晰", "清晰", "\0", "好"]
     expected = {"word": words, "char": list("很清晰\0好")}
-    assert tokenize(CUTS, "both") == (expected, [3, 1, 1])
+    assert tokenize(CUTS, "word+char") == (expected, [3, 1, 1])
+
+
+def test_a_pair_is_a_character_and_the_next_one_of_the_same_text():
+    tokens, _ = tokenize(CUTS, "word+char+pair")
+    assert list(tokens) == ["word", "char", "pair"]
+    assert tokens["pair"] == ["很清", "清晰", "晰", "\0", "好"]
 
 
 def test_a_vocabulary_holds_what_is_there_twice_the_most_frequent_first():
     cuts = [["清晰", "好"], ["清晰", "好"], ["好", "清洁", "清楚"]]
     words = ["好", "清晰"]  # a word counts once, not once a character
     assert build_vocabularies(cuts, "word") == {"word": words}
-    assert build_vocabularies(cuts, "both") == {"word": words, "char": ["清", "好", "晰"]}
+    assert build_vocabularies(cuts, "word+char") == {"word": words, "char": ["清", "好", "晰"]}
+
+
+def test_a_pair_must_be_there_twenty_times():
+    cuts = [["很", "好"]] * 19 + [["很", "好看"], ["好看"]]
+    pairs = build_vocabularies(cuts, "word+char+pair")["pair"]
+    assert pairs == ["很好"]  # twenty times; "好" at the end 19 times
 
 
 def test_ids_begin_at_2_and_1_is_unknown():
