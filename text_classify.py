@@ -4,8 +4,9 @@
     python text_classify.py --model all                 train all four and compare them
     python text_classify.py --checkpoint runs/text_lstm/best.pt --predict "屏幕清晰，运行流畅"
 
-Rows i = 1..N of the file: i % 5 == 4 validates, i % 5 == 0 tests, the rest trains. The vocabulary
-comes from the training rows; the epoch with the best validation macro-F1 is tested, once.
+Rows i = 1..N of the file: i % 5 == 4 validates, i % 5 == 0 tests, the rest trains; --split has
+another way. The vocabulary comes from the training rows; the epoch with the best validation
+macro-F1 is tested, once.
 """
 
 import contextlib
@@ -49,6 +50,7 @@ PRESETS = {"lab": {  # the plain setting of the lab
 }}  # fmt: skip
 
 TOKENS = ("word", "word+char", "word+char+pair")
+SPLIT_HELP = "the assignment's rows, or 70/15/15 %% of each class at random"
 TOKENS_HELP = "jieba's words; or characters, each with its word, and with the next character"
 PREDICT_HELP = "classify this text, - each line of the input; --predict=TEXT if it begins with -"
 
@@ -67,6 +69,7 @@ def parse_args(arguments=None):
     add("--preset", choices=PRESETS, help="the lab's plain setting; options beside it win")
     add("--text-column", default="review", help="the file's column of texts")
     add("--label-column", default="cat", help="the file's column of classes")
+    add("--split", choices=["fifths", "stratified"], default="fifths", help=SPLIT_HELP)
     add("--tokens", choices=TOKENS, default="word+char+pair", help=TOKENS_HELP)
     add("--embedding", type=count, default=128, help="size D of an embedding")
     add("--hidden", type=count, default=128, help="hidden units h of one direction")
@@ -109,13 +112,10 @@ def read_reviews(args):
     texts = frame[args.text_column].astype(str).str.strip(BLANKS).tolist()
     names = frame[args.label_column].astype(str).str.strip().to_numpy(object)
     is_usable = np.array([text != "" for text in texts], bool) & (names != "")
-    i = np.arange(1, len(texts) + 1)
-    is_validation = i % 5 == 4
-    is_test = i % 5 == 0
-    is_train = ~is_validation & ~is_test
+    parts = part_of_each_row(names, args.split)
     split = {}
-    for part, is_member in (("train", is_train), ("validation", is_validation), ("test", is_test)):
-        split[part] = torch.from_numpy(np.flatnonzero(is_usable & is_member))
+    for part in ("train", "validation", "test"):
+        split[part] = torch.from_numpy(np.flatnonzero(is_usable & (parts == part)))
     classes = sorted(set(names[is_usable]))
     untrained = sorted(set(classes) - set(names[split["train"].numpy()]))
     sizes = ", ".join(f"{len(rows)} {part}" for part, rows in split.items())
@@ -129,6 +129,20 @@ def read_reviews(args):
     print(f"{path}: {len(texts)} rows ({sizes}; {empty} empty left out), {len(classes)} classes")
     labels = pd.Index(classes).get_indexer(names)
     return Reviews(texts, labels, classes, split, data)
+
+
+def part_of_each_row(names, split):
+    """The part of each row of classes (N,): "train", "validation" or "test".
+
+    split "fifths" is the assignment's; "stratified" takes 70, 15 and 15 % of each class at random,
+    as published results on this corpus do.
+    """
+    if split == "fifths":
+        i = np.arange(1, len(names) + 1)
+        return np.where(i % 5 == 4, "validation", np.where(i % 5 == 0, "test", "train"))
+    shuffled = pd.Series(np.random.default_rng(42).permutation(len(names)))
+    rank = shuffled.groupby(names).rank(pct=True)  # in its class, from above 0 to 1
+    return np.where(rank <= 0.7, "train", np.where(rank <= 0.85, "validation", "test"))
 
 
 def cut_words(texts):

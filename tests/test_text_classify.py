@@ -45,6 +45,17 @@ def test_every_fifth_row_tests_and_the_row_before_it_validates(read):
     assert remainders == {"train": [1, 2, 3], "validation": [4], "test": [0]}
 
 
+def test_a_stratified_split_takes_70_15_and_15_percent_of_each_class_at_random(read):
+    reviews = read(list("a" * 100 + "b" * 20), "很好", "--split=stratified")
+    counts = {}
+    for part, rows in reviews.split.items():
+        counts[part] = np.bincount(reviews.labels[rows]).tolist()
+    assert counts == {"train": [70, 14], "validation": [15, 3], "test": [15, 3]}
+    rows = torch.cat(list(reviews.split.values()))
+    assert rows.unique().numel() == 120
+    assert reviews.split["train"].max() > 85
+
+
 def test_rows_without_text_or_label_are_left_out_and_counted(read, capsys):
     labels = list("a b" + "a" * 22)
     texts = ["\u3000 \t"] + ["很好"] * 24
