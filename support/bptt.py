@@ -180,7 +180,8 @@ class LSTM(Function):
             A, IFO, I, F, O, C_tilde = sums[t]
             H_new, C_new, tanh_C = results[t]
             # I = s(X W_xi + H_prev W_hi + b_i), F and O likewise
-            A_new = torch.baddbmm(A, H, W_h)  # (G, B, 4h)
+            # In place only where A is one block of memory: two directions lie apart.
+            A_new = A.baddbmm_(H, W_h) if G == 1 else torch.baddbmm(A, H, W_h)  # (G, B, 4h)
             torch.sigmoid(A_new[..., : 3 * h], out=IFO)
             # C~ = tanh(X W_xc + H_prev W_hc + b_c)
             tanh(A_new[..., 3 * h :], out=C_tilde)
