@@ -308,9 +308,15 @@ def build_model(config):
 
 
 def hide_words(tokens, share):
-    """A copy of tokens (T, B, aspects) in which the words of a share of the tokens are UNK."""
+    """A copy of tokens (T, B, aspects) in which a share of the words is UNK.
+
+    One draw decides for all characters of a word. The characters and their pairs stay.
+    """
     words = tokens[:, :, 0]  # (T, B); the word is the first aspect
-    is_hidden = torch.rand(words.shape, device=words.device) < share
+    is_first = words.diff(dim=0, prepend=words[:1]) != 0  # a word begins where the id changes
+    number = is_first.cumsum(dim=0)  # of the word in its text, (T, B)
+    draws = torch.rand(words.shape, device=words.device)
+    is_hidden = draws.gather(0, number) < share
     partly_hidden = tokens.clone()
     partly_hidden[:, :, 0] = words.masked_fill(is_hidden, UNK)  # in the padding, too: not read
     return partly_hidden

@@ -219,12 +219,26 @@ def test_a_text_has_one_dropout_mask_for_all_its_steps():
 
 
 def test_about_the_given_share_of_words_is_hidden_and_nothing_else():
-    tokens = torch.full((100, 50, 2), 7)
+    numbers = torch.arange(100).expand(50, 100).T + 2  # each step is another word
+    tokens = torch.stack([numbers, numbers], dim=2)
+    before = tokens.clone()
     words, characters = text_classify.hide_words(tokens, 0.3).unbind(2)
-    assert words.unique().tolist() == [1, 7]
-    assert 1350 < (words == 1).sum() < 1650
-    assert (characters == 7).all()
-    assert (tokens == 7).all()
+    is_hidden = words == 1
+    assert 1350 < is_hidden.sum() < 1650
+    assert words[~is_hidden].equal(numbers[~is_hidden])
+    assert characters.equal(numbers)
+    assert tokens.equal(before)
+
+
+def test_a_word_is_hidden_in_all_its_characters_or_in_none():
+    words = torch.tensor([7] * 3 + [8] + [9] * 2)
+    tokens = words[:, None, None].expand(6, 1000, 2)
+    is_hidden = text_classify.hide_words(tokens, 0.5)[:, :, 0] == 1  # (6, 1000)
+    first, second, third = is_hidden.split([3, 1, 2])
+    assert first.equal(first[:1].expand(3, 1000))
+    assert third.equal(third[:1].expand(2, 1000))
+    together = (first[0] & second[0]).sum() / 1000
+    assert together.item() == pytest.approx(0.25, abs=0.06)  # each word by itself
 
 
 def test_the_gradient_of_a_linear_network_halves_with_every_step():
