@@ -610,19 +610,18 @@ def error_rows(title, entries):
 
     entries: "test" of metrics.json. Returns {line: {"segments, mean": degC, ...}}.
     """
-    baseline_names = list(entries["segments"]["baselines"])
-    rows = {title: {}}
-    for name in baseline_names:
-        rows[name.replace("_", " ")] = {}
-    rows[f"{title}, minus linear"] = {}
+    rows = {}
     for part, entry in entries.items():
-        for kind in ("mean", "median"):
-            column = f"{part.replace('_', ' ')}, {kind}"
-            error = entry[f"{kind}_error"]
-            rows[title][column] = error
-            for name in baseline_names:
-                rows[name.replace("_", " ")][column] = entry["baselines"][name][f"{kind}_error"]
-            rows[f"{title}, minus linear"][column] = error - rows["linear"][column]
+        part = part.replace("_", " ")
+        errors_by_name = {title: entry, **entry["baselines"]}
+        for name, errors in errors_by_name.items():
+            row = rows.setdefault(name.replace("_", " "), {})
+            row[f"{part}, mean"] = errors["mean_error"]
+            row[f"{part}, median"] = errors["median_error"]
+    difference = {}
+    for column, error in rows[title].items():
+        difference[column] = error - rows["linear"][column]
+    rows[f"{title}, minus linear"] = difference
     return rows
 
 
