@@ -3,7 +3,7 @@
 T steps, B sequences, D inputs, h hidden units, Q outputs. Inputs are time-major (T, B, D).
 Each cell is a function of (inputs, state, params) and returns (outputs, state), outputs (T, B, Q).
 The equations are those of Dive into Deep Learning, chapters 9 and 10. Below the cells: their
-parameters, the clipping of gradients, and `Recurrence`, a cell as a module.
+parameters, the clipping of gradients, `Recurrence`, a cell as a module, and pooling over time.
 """
 
 import sys
@@ -80,34 +80,34 @@ def bi_lstm(inputs, state, params, lengths=None):
     on the right: the backward LSTM then starts at the last step of each sequence itself.
     Returns outputs (T, B, Q) and the last states of both, which have read the padding too.
     """
-    *gates, W_hq, b_q = params
-    half = len(gates) // 2                                                      # of the parameters
+    *weights, W_hq, b_q = params
+    half = len(weights) // 2
     h = len(W_hq) // 2                                                          # W_hq is (2h, Q)
     state_f, state_b = state
     inputs_b = reverse(inputs, lengths)                                         # (T, B, D)
-    H, state_f = hidden_states(lstm, inputs, state_f, gates[:half], h)          # (T, B, h)
-    H_b, state_b = hidden_states(lstm, inputs_b, state_b, gates[half:], h)      # (T, B, h)
+    H, state_f = hidden_states(lstm, inputs, state_f, weights[:half], h)        # (T, B, h)
+    H_b, state_b = hidden_states(lstm, inputs_b, state_b, weights[half:], h)    # (T, B, h)
     H_b = reverse(H_b, lengths)
     Y = torch.cat([H, H_b], dim=2) @ W_hq + b_q                                 # (T, B, Q)
     return Y, (state_f, state_b)
 
 
-def hidden_states(loop, inputs, state, gates, width, lengths=None):
+def hidden_states(loop, inputs, state, weights, width, lengths=None):
     """The hidden states (T, B, width) that a cell's loop goes through, and its last state.
 
     A loop returns Y = H W_hq + b_q; with the identity as W_hq and zero as b_q, Y is H.
     width: h, or 2h for "bi_lstm"; lengths: for "bi_lstm" alone.
     """
-    identity = torch.eye(width, dtype=gates[0].dtype, device=inputs.device)
-    zero = torch.zeros(width, dtype=gates[0].dtype, device=inputs.device)
-    params = [*gates, identity, zero]
+    identity = torch.eye(width, dtype=weights[0].dtype, device=inputs.device)
+    zero = torch.zeros(width, dtype=weights[0].dtype, device=inputs.device)
+    params = [*weights, identity, zero]
     if lengths is None:
         return loop(inputs, state, params)
     return loop(inputs, state, params, lengths)
 
 
 def reverse(sequences, lengths=None):
-    """Sequences (T, B, D) read from their ends: the first `lengths` (B,) steps, padding stays."""
+    """Sequences (T, B, D) with their first `lengths` (B,) steps in reverse order; padding stays."""
     if lengths is None:
         return sequences.flip(0)
     T, B, _ = sequences.shape
@@ -176,12 +176,12 @@ def init_state(cell, batch_size, num_hiddens, device=None, dtype=None):
 
     Raises ValueError for an unknown cell.
     """
-    num_tensors = 2 if "c" in GATES[cell] else 1  # H and C, or H
-    directions = []
+    states = []
     for _ in range(num_directions(cell)):
+        num_tensors = 2 if "c" in GATES[cell] else 1  # H and C, or H
         zeros = torch.zeros(num_tensors, batch_size, num_hiddens, device=device, dtype=dtype)
-        directions.append(tuple(zeros))
-    return tuple(directions) if len(directions) == 2 else directions[0]
+        states.append(tuple(zeros))
+    return tuple(states) if len(states) == 2 else states[0]
 
 
 def grad_clipping(params, theta):
@@ -238,33 +238,33 @@ class Recurrence(nn.Module):
         _, B, _ = inputs.shape
         state = init_state(self.cell, B, self.num_hiddens, inputs.device, inputs.dtype)
         compute_states = fast_states if self.use_fast_form else loop_states
-        *gates, _, _ = self.params
-        return compute_states(self.cell, inputs, state, gates, lengths)
+        *weights, _, _ = self.params
+        return compute_states(self.cell, inputs, state, weights, lengths)
 
     def output(self, states):
         """Y = H W_hq + b_q: states (..., h) give (..., Q)."""
         return states @ self.W_hq + self.b_q
 
 
-def loop_states(cell, inputs, state, gates, lengths=None):
+def loop_states(cell, inputs, state, weights, lengths=None):
     """Hidden states (T, B, h), (T, B, 2h) for "bi_lstm", by the cell's loop.
 
-    gates: the parameter list without W_hq and b_q.
+    weights: the parameter list without W_hq and b_q.
     """
     directions = num_directions(cell)
-    h = len(gates[1])  # W_h* is (h, h)
+    h = len(weights[1])  # W_h* is (h, h)
     if directions == 1:
         lengths = None  # padding comes after the steps that count
-    states, _ = hidden_states(CELLS[cell], inputs, state, gates, directions * h, lengths)
+    states, _ = hidden_states(CELLS[cell], inputs, state, weights, directions * h, lengths)
     return states
 
 
-def fast_states(cell, inputs, state, gates, lengths=None):
-    """The same by `bptt`, which takes the directions side by side."""
+def fast_states(cell, inputs, state, weights, lengths=None):
+    """What `loop_states` gives, by `bptt`, which takes the directions side by side."""
     if num_directions(cell) == 1:
-        return bptt.hidden_states(cell, inputs[None], [state], gates)[0]
+        return bptt.hidden_states(cell, inputs[None], [state], weights)[0]
     both_inputs = torch.stack([inputs, reverse(inputs, lengths)])  # (2, T, B, D)
-    H, H_b = bptt.hidden_states(cell, both_inputs, state, gates)
+    H, H_b = bptt.hidden_states(cell, both_inputs, state, weights)
     return torch.cat([H, reverse(H_b, lengths)], dim=2)
 
 
@@ -288,18 +288,18 @@ def fast_form_agrees(cell):
     leaves = [random(T, B, D)]  # inputs, then W_x, W_h and b of each gate
     for _ in GATES[cell] * num_directions(cell):
         leaves += [random(D, h), random(h, h), random(h)]
-    inputs, *gates = leaves
+    inputs, *weights = leaves
     state = init_state(cell, B, h, dtype=torch.float64)
     lengths = torch.tensor([T, 20, 40])
-    weights = random(T, B, h * num_directions(cell))
-    by_loop = loop_states(cell, inputs, state, gates, lengths)
-    by_fast_form = fast_states(cell, inputs, state, gates, lengths)
+    factors = random(T, B, h * num_directions(cell))
+    by_loop = loop_states(cell, inputs, state, weights, lengths)
+    by_fast_form = fast_states(cell, inputs, state, weights, lengths)
     agrees = by_loop.shape == by_fast_form.shape
     agrees = agrees and torch.allclose(by_loop, by_fast_form)
     agrees = agrees and by_loop.requires_grad  # not if the loop detaches its states
     if agrees:
-        loop_gradient = flat_gradient(by_loop * weights, leaves)
-        fast_gradient = flat_gradient(by_fast_form * weights, leaves)
+        loop_gradient = flat_gradient(by_loop * factors, leaves)
+        fast_gradient = flat_gradient(by_fast_form * factors, leaves)
         agrees = torch.allclose(loop_gradient, fast_gradient)
     if not agrees:
         print(f"{cell}: the loop was changed; it runs, not the fast form", file=sys.stderr)
@@ -318,8 +318,8 @@ POOLS = ("last", "mean", "max")
 
 
 def pool_states(states, lengths, pool, bidirectional=False):
-    """One vector a sequence (B, h) from its states (T, B, h), without the padding behind lengths;
-    h is 2h where the states are those of both directions.
+    """One vector a sequence (B, width) from its states (T, B, width), without the padding behind
+    lengths; width is h, or 2h where the states are those of both directions.
 
     "last" is the state that has read everything: at the sequence's end, and for the backward half
     of a bidirectional cell at its beginning. "mean" and "max" go over all steps.

@@ -5,8 +5,9 @@
     python temp_forecast.py --preset lab                 the network alone, as the lab builds it
     python temp_forecast.py --checkpoint runs/temp_lstm/best.pt --predict recent.csv
 
-A ridge regression forecasts from the known five days, and the network corrects it by its last
-state: Y = f W + H_T W_hq + b_q. Both see and forecast anomalies, differences from the climatology.
+A ridge regression forecasts from features X of the known five days, and the network corrects it by
+its last state: Y = X W + H_T W_hq + b_q. Both see and forecast anomalies, differences from the
+climatology; in the lab's setting the network alone sees and forecasts standardised values.
 The last fifth of the first six years (--train-years) validates, the rest of them trains. What
 follows tests, in separate 7-day segments, 5 days in and 2 out, and from every midnight. Errors are
 absolute, in degC.
@@ -87,7 +88,7 @@ def parse_args(arguments=None):
 def read_series(frame, path, freq, date_column, target):
     """A DataFrame's columns in steps of `freq`, indexed by time, the target first.
 
-    Of several values in a step the first known one counts; -9999 and texts are missing.
+    Of several values in a step the first known one counts; -999 and less, and texts, are missing.
     Raises UserError for a missing column, an unreadable date, and too few values of the target.
     """
     datasets.check_columns(frame, [date_column, target], path)
@@ -168,7 +169,7 @@ class Weather:
 def prepare(args, series, path):
     """The `Weather` of a series. Raises UserError if it is too short.
 
-    --features all takes the columns that have at least half of their training values.
+    --features all takes the target, and columns that have at least half of their training values.
     """
     index = series.index
     steps_a_day = STEPS_A_DAY[args.freq]
@@ -181,7 +182,8 @@ def prepare(args, series, path):
     first_test = test_midnights[0] if len(test_midnights) else len(index)
     columns = series.columns[:1]
     if args.features == "all":
-        columns = series[:train_end].dropna(axis=1, thresh=train_end // 2).columns
+        others = series.iloc[:train_end, 1:].dropna(axis=1, thresh=train_end // 2)
+        columns = [series.columns[0], *others.columns]
     values = series[columns].to_numpy()  # (N, C)
 
     parts = {  # first step, end, steps from window to window
@@ -247,35 +249,35 @@ def harmonics(index):
 class View:
     """How a model sees values: as scaled differences from what is expected at their time.
 
-    base "linear": from the climatology, with the calendar beside them; base "mean": from the mean
-    of the training steps, so that the inputs are the standardised values alone.
+    kind "linear": from the climatology; the calendar stands beside the differences. kind "mean":
+    from the mean of the training steps, so that the inputs are the standardised values alone.
     """
 
-    base: str
+    kind: str
     coefficients: np.ndarray  # (K, C), of the expected values
     scale: np.ndarray  # (C,), standard deviations of the differences
 
     def expected(self, index):
         """What is expected of all columns at the times of an index, (N, C)."""
-        return design(self.base, index) @ self.coefficients
+        return design(self.kind, index) @ self.coefficients
 
     def inputs(self, weather):
         """Inputs (N, D) of a model; D is C + 4 with the calendar."""
         scaled = (weather.values - self.expected(weather.index)) / self.scale
-        if self.base == "mean":
+        if self.kind == "mean":
             return scaled
         return np.concatenate([scaled, calendar(weather.index)], axis=1)
 
 
-def design(base, index):
+def design(kind, index):
     """Regressors (N, K) of what is expected: the climatology's, or a 1."""
-    return harmonics(index) if base == "linear" else np.ones((len(index), 1))
+    return harmonics(index) if kind == "linear" else np.ones((len(index), 1))
 
 
-def fit_view(base, weather):
+def fit_view(kind, weather):
     """A view whose expected values and scale are fitted to the training steps by least squares."""
     values = weather.values[: weather.train_end]  # (N, C), NaN where missing
-    X = design(base, weather.index[: weather.train_end])
+    X = design(kind, weather.index[: weather.train_end])
     columns = []
     for column in values.T:
         is_known = np.isfinite(column)
@@ -285,7 +287,7 @@ def fit_view(base, weather):
     scale = np.nanstd(values - X @ coefficients, axis=0)
     rounding = 1e-6 * np.nanmax(np.abs(values), axis=0)
     scale[scale <= rounding] = 1.0  # a constant column keeps its unit
-    return View(base, coefficients, scale)
+    return View(kind, coefficients, scale)
 
 
 # --- the linear forecast ------------------------------------------------------------------------
@@ -395,7 +397,7 @@ class Forecaster(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, inputs):
-        """Corrections (B, Q) from the known steps (T, B, D), which both directions read alone."""
+        """Corrections (B, Q) from the known steps (T, B, D); both directions read nothing else."""
         T, B, _ = inputs.shape
         states = self.recurrence(inputs)  # (T, B, h)
         lengths = torch.full((B,), T, device=inputs.device)
@@ -442,14 +444,14 @@ def make_config(args, cell, weather, base, data):
     config["freq"] = args.freq
     config["date_column"] = args.date_column
     config["columns"] = weather.columns
-    config["base"] = base.view.base
+    config["base"] = base.view.kind
     return config
 
 
 def train(args, config, weather, base, device):
     """Train one structure; returns its run, and the model with the best epoch's weights."""
     starts = weather.starts["train"]
-    unit = float(base.view.scale[0])  # degC
+    degrees = float(base.view.scale[0])  # degC in one unit of the scaled values
     # What the network learns to forecast: what its base leaves over.
     residuals = {part: base_residuals(weather, base, part) for part in ("train", "validation")}
     targets = torch.from_numpy(residuals["train"]).float().to(device)  # (n, horizon)
@@ -457,7 +459,7 @@ def train(args, config, weather, base, device):
     past = torch.from_numpy(weather.past(starts)).to(device)  # (n, known)
     stride = min(3, weather.steps_a_day)  # three hours, or a day
     batches_an_epoch = math.ceil(len(starts) / stride / args.batch_size)
-    num_steps = args.epochs * math.ceil(batches_an_epoch / runs.world_size())
+    num_steps = args.epochs * (batches_an_epoch // runs.world_size())
 
     torch.manual_seed(args.seed)
     model = build_model(config).to(device)
@@ -471,7 +473,7 @@ def train(args, config, weather, base, device):
 
     for epoch in run.epochs(args.epochs, args.patience):
         model.train()
-        # A window every three hours, in each epoch other ones.
+        # On hourly steps a third of the windows, which one of three is drawn in each epoch.
         first = int(torch.randint(stride, ()))
         windows = torch.arange(first, len(starts), stride)
         shuffled = windows[torch.randperm(len(windows))]
@@ -479,7 +481,7 @@ def train(args, config, weather, base, device):
             rows = rows.to(device, non_blocking=True)  # a GPU's earlier steps are not waited for
             X = inputs[past[rows].T]  # (known, B, D)
             Y = targets[rows]  # (B, horizon)
-            loss = (parallel_model(X) - Y).abs().mean() * unit  # mean absolute error, degC
+            loss = (parallel_model(X) - Y).abs().mean() * degrees  # mean absolute error
             optimizer.zero_grad()
             loss.backward()  # back-propagation through time
             grad_clipping(model.parameters(), args.clip)
@@ -488,7 +490,7 @@ def train(args, config, weather, base, device):
             average.update(model)
         runs.check_finite(model, epoch)
         # The epoch with the least validation error is the one that is tested.
-        scores = validate(average.module, weather, inputs, residuals, unit)
+        scores = validate(average.module, weather, inputs, residuals, degrees)
         run.end_epoch(scores, score=-scores["validation_mean_error"])
 
     model.load_state_dict(run.best["weights"])
@@ -502,17 +504,17 @@ def base_residuals(weather, base, part):
     return error / base.view.scale[0]
 
 
-def validate(model, weather, inputs, residuals, unit):
+def validate(model, weather, inputs, residuals, degrees):
     """Mean errors, degC, on some training windows and on the validation windows.
 
-    inputs: (N, D); residuals: {part: (n, horizon)} of `base_residuals`; unit: degC.
+    inputs: (N, D); residuals: {part: (n, horizon)} of `base_residuals`; degrees: degC in one unit.
     """
     train_stride = len(weather.starts["train"]) // CURVE_WINDOWS + 1
     scores = {}
     for part, stride in (("train", train_stride), ("validation", 1)):
         past = weather.past(weather.starts[part][::stride])
         correction = corrections(model, inputs, past)
-        scores[f"{part}_mean_error"] = unit * mean_error(residuals[part][::stride], correction)
+        scores[f"{part}_mean_error"] = degrees * mean_error(residuals[part][::stride], correction)
     return scores
 
 
@@ -553,7 +555,7 @@ def test(run, model, weather, base, linear, data):
     metrics = run.write_metrics(data, split, entries, lead_24h=lead_24h)
     write_predictions(run.folder / "predictions.csv", weather, guesses["segments"], band)
 
-    title = model_title(metrics["model"], base.view.base)
+    title = model_title(metrics["model"], base.view.kind)
     print(f"\nabsolute errors, degC, on the test years{runs.stamp(data)}, epoch "
           f"{metrics['best_epoch']}")  # fmt: skip
     table = pd.DataFrame.from_dict(error_rows(title, entries), orient="index")
@@ -599,10 +601,10 @@ def part_errors(truth, guess, baselines, band):
     return entry
 
 
-def model_title(cell, base):
+def model_title(cell, kind):
     """What stands for a model in tables and pictures."""
     name = runs.title_of(cell)
-    return f"linear + {name}" if base == "linear" else f"{name} alone"
+    return f"linear + {name}" if kind == "linear" else f"{name} alone"
 
 
 def error_rows(title, entries):

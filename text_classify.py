@@ -17,8 +17,7 @@ import math
 import sys
 from collections import Counter
 from dataclasses import dataclass
-from itertools import accumulate, chain
-from operator import add
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 
 import jieba
@@ -95,13 +94,13 @@ def parse_args(arguments=None):
 
 @dataclass
 class Reviews:
-    """The corpus: texts, their labels as numbers of classes, and the rows of each part."""
+    """The reviews: texts, their labels as numbers of classes, and the rows of each part."""
 
     texts: list[str]
-    labels: np.ndarray  # (N,), -1 for rows left out
+    labels: np.ndarray  # (N,), -1 for a class of no usable row
     classes: list[str]
     split: dict[str, torch.Tensor]  # "train", "validation", "test": row numbers from 0 on
-    data: dict  # of metrics.json
+    data: dict  # path, sha256, source and rows of the file, for metrics.json
 
 
 def read_reviews(args):
@@ -188,7 +187,7 @@ def tokenize(cuts, kind):
     for word in words:
         word_of_each += [word] * len(word)
     text = "".join(words)
-    pairs = list(map(add, text, text[1:] + " "))  # each character with the next one
+    pairs = [character + following for character, following in pairwise(text + " ")]
     lengths = [sum(map(len, cut)) for cut in cuts]
     for end in accumulate(lengths):
         pairs[end - 1] = text[end - 1]  # a text's last character is alone
@@ -279,7 +278,7 @@ class TextClassifier(nn.Module):
         self.recurrence = Recurrence(cell, num_inputs, num_hiddens, num_classes)
 
     def embed(self, tokens):
-        """Inputs of the recurrence (T, B, D): the sum over the aspects of tokens (T, B, K)."""
+        """Inputs of the recurrence (T, B, D): the sum over aspects of tokens (T, B, aspects)."""
         inputs = 0
         for embedding, ids in zip(self.embeddings, tokens.unbind(2), strict=True):
             inputs = inputs + embedding(ids)
@@ -288,14 +287,14 @@ class TextClassifier(nn.Module):
         return inputs * mask
 
     def classify(self, inputs, lengths):
-        """Logits (B, Q) of embedded inputs (T, B, D) of lengths (B,)."""
+        """Logits (B, K) of embedded inputs (T, B, D) of lengths (B,)."""
         states = self.recurrence(inputs, lengths)  # (T, B, h)
         is_bidirectional = num_directions(self.recurrence.cell) == 2
         pooled = pool_states(states, lengths, self.pool, is_bidirectional)  # (B, h)
         return self.recurrence.output(self.dropout(pooled))
 
     def forward(self, tokens, lengths):
-        """Logits (B, Q) of tokens (T, B, aspects), padded on the right, of lengths (B,) >= 1."""
+        """Logits (B, K) of tokens (T, B, aspects), padded on the right, of lengths (B,) >= 1."""
         return self.classify(self.embed(tokens), lengths)
 
 
@@ -310,7 +309,8 @@ def build_model(config):
 def hide_words(tokens, share):
     """A copy of tokens (T, B, aspects) in which a share of the words is UNK.
 
-    One draw decides for all characters of a word. The characters and their pairs stay.
+    One draw decides for all characters of a word, and for equal words side by side. The characters
+    and their pairs stay.
     """
     words = tokens[:, :, 0]  # (T, B); the word is the first aspect
     is_first = words.diff(dim=0, prepend=words[:1]) != 0  # a word begins where the id changes
@@ -341,7 +341,7 @@ def train(args, config, reviews, corpus):
     """Train one structure; returns its run, and the model with the best epoch's weights."""
     train_rows = reviews.split["train"]
     batches_an_epoch = math.ceil(len(train_rows) / args.batch_size)
-    num_steps = args.epochs * math.ceil(batches_an_epoch / runs.world_size())
+    num_steps = args.epochs * (batches_an_epoch // runs.world_size())
 
     torch.manual_seed(args.seed)
     model = build_model(config).to(corpus.device)
@@ -561,8 +561,8 @@ def predict(args, device):
     for first in range(0, len(texts), 256):
         batch = [text.strip(BLANKS) for text in texts[first : first + 256]]
         cuts = cut_words(batch)
-        p = torch.stack([class_shares(cuts, *classifier, device) for classifier in classifiers])
-        highest, predicted = p.mean(dim=0).max(dim=1)
+        p = [classify_cuts(cuts, model, config, device) for model, config in classifiers]
+        highest, predicted = torch.stack(p).mean(dim=0).max(dim=1)
         for text, share, k in zip(batch, highest.tolist(), predicted.tolist(), strict=True):
             print(on_one_line(labels[k]), f"{share:.4f}", on_one_line(text), sep="\t")
 
@@ -575,7 +575,7 @@ def read_lines():
         raise UserError("the input is no UTF-8, UTF-16 or GB18030; save it as UTF-8") from error
 
 
-def class_shares(cuts, model, config, device):
+def classify_cuts(cuts, model, config, device):
     """The probabilities (n, K) that a saved model gives to texts cut into words."""
     tokens, counts = tokenize(cuts, config["tokens"])
     ids = encode(tokens, config["vocabularies"])

@@ -9,7 +9,8 @@ G directions side by side, T steps, B sequences, D inputs, h units. X is a step'
 state, H_prev the state before. dV is the gradient of the loss with respect to V, dY the part of dH
 that does not come from the next step, A the sum inside a gate, s the logistic sigmoid, * the
 elementwise product.
-W_x, W_h and b hold all gates side by side, the LSTM's for example W_x = [W_xi W_xf W_xo W_xc].
+W_x, W_h and b hold all gates side by side, the LSTM's for example W_x = [W_xi W_xf W_xo W_xc]. The
+gates' values lie so, too: IFO is [I F O], and to write it is to write I, F and O.
 """
 
 import torch
@@ -26,7 +27,7 @@ def tanh(A, out):
     """tanh(A); float32 on the CPU as 2 s(2A) - 1, to 1e-7, because that is faster there."""
     if A.is_cpu and A.dtype == torch.float32:
         torch.sigmoid(A + A, out=out)
-        return torch.add(MINUS_ONE, out, alpha=2, out=out)
+        return torch.add(MINUS_ONE, out, alpha=2, out=out)  # -1 + 2 out, in one pass
     return torch.tanh(A, out=out)
 
 
@@ -180,7 +181,7 @@ class LSTM(Function):
             A, IFO, I, F, O, C_tilde = sums[t]
             H_new, C_new, tanh_C = results[t]
             # I = s(X W_xi + H_prev W_hi + b_i), F and O likewise
-            # In place only where A is one block of memory: two directions lie apart.
+            # In place only where A is one block of memory; two directions have a gap between them.
             A_new = A.baddbmm_(H, W_h) if G == 1 else torch.baddbmm(A, H, W_h)  # (G, B, 4h)
             torch.sigmoid(A_new[..., : 3 * h], out=IFO)
             # C~ = tanh(X W_xc + H_prev W_hc + b_c)
@@ -210,7 +211,8 @@ class LSTM(Function):
             dY, dA, dA_ifo, dI, dF, dO, dA_c = gradients[t]
             # dH = dY + dH;  dC = dC + dH * O * (1 - tanh(C)^2)
             dH = dY + dH
-            dC = dC + tanh_backward(dH * O, tanh_C, grad_input=dA_c)  # dA_c as scratch memory
+            through_H = tanh_backward(dH * O, tanh_C, grad_input=dA_c)  # dA_c is free until below
+            dC = dC + through_H
             # dI = dC * C~;  dF = dC * C_prev;  dO = dH * tanh(C)
             torch.mul(dC, C_tilde, out=dI)
             torch.mul(dC, C_prev, out=dF)
@@ -233,17 +235,17 @@ FORMS = {"rnn": RNN, "gru": GRU, "lstm": LSTM, "bi_lstm": LSTM}
 NUM_GATES = {"rnn": 1, "gru": 3, "lstm": 4, "bi_lstm": 4}
 
 
-def hidden_states(cell, inputs, states, gates):
+def hidden_states(cell, inputs, states, weights):
     """Hidden states (G, T, B, h) of inputs (G, T, B, D), by the fast form of a cell.
 
-    states: for each direction its first state, (H,) or (H, C) of (B, h); gates: the parameter list
-    of the cell's loop without W_hq and b_q. Computes in the precision of the parameters, under
+    states: for each direction its first state, (H,) or (H, C) of (B, h); weights: the parameters of
+    the cell's loop without W_hq and b_q. Computes in the precision of the parameters, under
     autocast too. Raises KeyError for a cell without a fast form.
     """
     form = FORMS[cell]
-    W_x = side_by_side(gates[0::3], NUM_GATES[cell])  # (G, D, gates * h)
-    W_h = side_by_side(gates[1::3], NUM_GATES[cell])  # (G, h, gates * h)
-    b = side_by_side(gates[2::3], NUM_GATES[cell])  # (G, gates * h)
+    W_x = side_by_side(weights[0::3], NUM_GATES[cell])  # (G, D, gates * h)
+    W_h = side_by_side(weights[1::3], NUM_GATES[cell])  # (G, h, gates * h)
+    b = side_by_side(weights[2::3], NUM_GATES[cell])  # (G, gates * h)
     first_state = [torch.stack(tensors) for tensors in zip(*states, strict=True)]  # (G, B, h) each
     tensors = [tensor.to(b.dtype) for tensor in (inputs, W_x, W_h, b, *first_state)]
     with torch.autocast(inputs.device.type, enabled=False):

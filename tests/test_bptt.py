@@ -67,21 +67,21 @@ def test_gradients_are_finite_differences_from_any_first_state(cell):
     inputs = random(1, 4, 2, 3)  # G = 1, T = 4, B = 2, D = 3
     H = random(2, 2)
     C = random(2, 2)
-    gates = []
+    weights = []
     for _ in range(bptt.NUM_GATES[cell]):
-        gates += [random(3, 2), random(2, 2), random(2)]
+        weights += [random(3, 2), random(2, 2), random(2)]
 
-    def states_of(inputs, H, C, *gates):
+    def states_of(inputs, H, C, *weights):
         state = (H, C) if cell == "lstm" else (H,)
-        return bptt.hidden_states(cell, inputs=inputs, states=[state], gates=gates)
+        return bptt.hidden_states(cell, inputs=inputs, states=[state], weights=weights)
 
-    assert gradcheck(states_of, [inputs, H, C, *gates])
+    assert gradcheck(states_of, [inputs, H, C, *weights])
 
 
 def test_weights_have_the_same_gradients_where_inputs_need_none(recurrence, inputs):
-    gates = recurrence.params[:-2]
-    expected = grad(recurrence(inputs).sum(), gates)
-    result = grad(recurrence(inputs.detach()).sum(), gates)
+    weights = recurrence.params[:-2]
+    expected = grad(recurrence(inputs).sum(), weights)
+    result = grad(recurrence(inputs.detach()).sum(), weights)
     assert_close(result, expected)
 
 

@@ -328,8 +328,11 @@ def test_all_parameters_require_gradients(cell):
 
 
 def test_an_unknown_cell_is_refused():
-    with pytest.raises(ValueError, match="rnn, gru, lstm, bi_lstm, not 'LSTM'"):
+    message = "rnn, gru, lstm, bi_lstm, not 'LSTM'"
+    with pytest.raises(ValueError, match=message):
         new_recurrence("LSTM")
+    with pytest.raises(ValueError, match=message):
+        init_state("LSTM", batch_size=1, num_hiddens=1)
 
 
 def test_a_size_below_1_is_refused():

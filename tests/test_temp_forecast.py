@@ -118,6 +118,13 @@ def test_the_parts_of_a_daily_series_by_hand():
     assert len(starts["daily_origins"]) == 32
 
 
+def test_a_column_needs_half_of_its_training_values_but_the_target_stays():
+    series = pd.DataFrame({"T": 5.0, "p": 1.0, "rh": 1.0}, pd.date_range("2009-01-01", periods=450))
+    series.iloc[:160, [0, 1]] = np.nan  # more than half of the 292 steps that train
+    weather = prepare(series, "--features=all")
+    assert weather.columns == ["T", "rh"]
+
+
 # --- what a model sees --------------------------------------------------------------------------
 
 

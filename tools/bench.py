@@ -37,9 +37,7 @@ def make(kind, cell, shape, device):
         recurrence = Recurrence(cell, D, h, OUTPUTS).to(device)
         return lambda inputs: recurrence.output(recurrence(inputs)), list(recurrence.parameters())
     if kind == "loop":
-        params = [
-            param.detach().requires_grad_() for param in init_params(cell, D, h, OUTPUTS, device)
-        ]
+        params = init_params(cell, D, h, OUTPUTS, device)
         state = init_state(cell, B, h, device)
         return lambda inputs: CELLS[cell](inputs, state, params)[0], params
     is_bidirectional = cell == "bi_lstm"
