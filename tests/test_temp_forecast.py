@@ -369,6 +369,13 @@ def test_the_best_epoch_has_the_least_validation_error(rnn_run, saved, part_erro
         assert history[f"{part}_mean_error"][best] == pytest.approx(error, abs=1e-5)
 
 
+def test_the_rate_has_fallen_to_a_twentieth_by_the_last_step(rnn_run):
+    last = torch.load(rnn_run / "last.pt")
+    (rate,) = last["parts"]["schedule"]["_last_lr"]
+    assert len(last["history"]) == 4  # all epochs, without an early stop
+    assert rate == pytest.approx(0.05 * 0.05)
+
+
 def test_the_band_holds_80_percent_of_the_validation_errors(saved, part_errors):
     band = np.quantile(part_errors("validation"), [0.1, 0.9], axis=0)
     assert np.allclose(saved["band"], band, atol=1e-5)
