@@ -35,16 +35,29 @@ def make(kind, cell, shape, device):
     _, B, D, h = shape
     if kind == "ours":
         recurrence = Recurrence(cell, D, h, OUTPUTS).to(device)
-        return lambda inputs: recurrence.output(recurrence(inputs)), list(recurrence.parameters())
+
+        def compute(inputs):
+            return recurrence.output(recurrence(inputs))
+
+        return compute, list(recurrence.parameters())
     if kind == "loop":
         params = init_params(cell, D, h, OUTPUTS, device)
         state = init_state(cell, B, h, device)
-        return lambda inputs: CELLS[cell](inputs, state, params)[0], params
+
+        def compute(inputs):
+            outputs, _ = CELLS[cell](inputs, state, params)
+            return outputs
+
+        return compute, params
     is_bidirectional = cell == "bi_lstm"
     layer = LAYERS[cell](D, h, bidirectional=is_bidirectional).to(device)
     head = nn.Linear(2 * h if is_bidirectional else h, OUTPUTS).to(device)
-    params = [*layer.parameters(), *head.parameters()]
-    return lambda inputs: head(layer(inputs)[0]), params
+
+    def compute(inputs):
+        states, _ = layer(inputs)
+        return head(states)
+
+    return compute, [*layer.parameters(), *head.parameters()]
 
 
 def train_step(function, params, inputs):
