@@ -95,7 +95,7 @@ def bi_lstm(inputs, state, params, lengths=None):
 def hidden_states(loop, inputs, state, weights, width, lengths=None):
     """The hidden states (T, B, width) that a cell's loop goes through, and its last state.
 
-    A loop returns only Y = H W_hq + b_q; with the identity as W_hq and zero as b_q, Y is H.
+    A loop shows its states only in Y = H W_hq + b_q; with W_hq the identity and b_q zero, Y is H.
     width: h, or 2h for "bi_lstm"; lengths: for "bi_lstm" alone.
     """
     identity = torch.eye(width, dtype=weights[0].dtype, device=inputs.device)

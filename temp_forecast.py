@@ -473,7 +473,7 @@ def train(args, config, weather, base, device):
 
     for epoch in run.epochs(args.epochs, args.patience):
         model.train()
-        # On hourly steps a third of the windows, which one of three is drawn in each epoch.
+        # Every third window, from a random first one; on daily steps every window.
         first = int(torch.randint(stride, ()))
         windows = torch.arange(first, len(starts), stride)
         shuffled = windows[torch.randperm(len(windows))]

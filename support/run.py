@@ -18,7 +18,7 @@ from tqdm import tqdm
 from support import plots
 from support.files import UserError, whole_file, write_csv, write_json
 
-FORMAT = 6  # of the checkpoints; raise it when what they hold changes
+FORMAT = 7  # of the checkpoints; raise it when what they hold changes
 # What a run leaves in its folder.
 RESULTS = ("last.pt", "best.pt", "metrics.json", "history.csv", "predictions.csv", "curves.png",
            "confusion.png", "forecasts.png", "lead_time.png")  # fmt: skip

@@ -371,9 +371,9 @@ def test_the_best_epoch_has_the_least_validation_error(rnn_run, saved, part_erro
 
 def test_the_rate_has_fallen_to_a_twentieth_by_the_last_step(rnn_run):
     last = torch.load(rnn_run / "last.pt")
-    (rate,) = last["parts"]["schedule"]["_last_lr"]
+    (group,) = last["parts"]["optimizer"]["param_groups"]
     assert len(last["history"]) == 4  # all epochs, without an early stop
-    assert rate == pytest.approx(0.05 * 0.05)
+    assert group["lr"] == pytest.approx(0.05 * 0.05)
 
 
 def test_the_band_holds_80_percent_of_the_validation_errors(saved, part_errors):
