@@ -682,8 +682,7 @@ def compare(args, results):
         rows.update(error_rows(title, metrics["test"]))  # the baselines of all runs are the same
     data = results[0]["data"]
     table = [{"model": name, **errors} for name, errors in rows.items()]
-    content = {"argv": sys.argv[1:], "seed": args.seed, "data": data}
-    content["rows"] = table
+    content = {"argv": sys.argv[1:], "seed": args.seed, "data": data, "rows": table}
     print(f"\nabsolute errors, degC, on the test years{runs.stamp(data)}")
     panels = {
         f"Training mean error, degC{runs.stamp(data)}": "train_mean_error",

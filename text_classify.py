@@ -17,7 +17,7 @@ import math
 import sys
 from collections import Counter
 from dataclasses import dataclass
-from itertools import accumulate, chain, pairwise
+from itertools import chain
 from pathlib import Path
 
 import jieba
@@ -27,6 +27,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.rnn import pad_sequence
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -40,7 +41,6 @@ PAD = 0  # the id behind a text's end
 UNK = 1  # the id of a token that is not in the vocabulary
 MIN_FREQ = {"word": 2, "char": 2, "pair": 20}  # rarer tokens are UNK
 MAX_TOKENS = 256  # longer texts are cut
-BLANKS = "\ufeff \t\r\n\u3000"  # stripped from both ends of a text
 CURVE_ROWS = 5000  # training rows, at most, on which the curves' training loss is measured
 REACH = 40  # tokens over which the gradient's reach is measured
 PRESETS = {"lab": {  # the plain setting of the lab
@@ -97,7 +97,7 @@ class Reviews:
     """The reviews: texts, their labels as numbers of classes, and the rows of each part."""
 
     texts: list[str]
-    labels: np.ndarray  # (N,), -1 for a class of no usable row
+    labels: np.ndarray  # (N,), -1 where the class has no usable row
     classes: list[str]
     split: dict[str, torch.Tensor]  # "train", "validation", "test": row numbers from 0 on
     data: dict  # path, sha256, source and rows of the file, for metrics.json
@@ -108,15 +108,15 @@ def read_reviews(args):
     frame, data = datasets.load(datasets.REVIEWS, args.data)
     path = data["path"]
     datasets.check_columns(frame, [args.text_column, args.label_column], path)
-    texts = frame[args.text_column].astype(str).str.strip(BLANKS).tolist()
-    names = frame[args.label_column].astype(str).str.strip().to_numpy(object)
-    is_usable = np.array([text != "" for text in texts], bool) & (names != "")
+    texts = frame[args.text_column].astype(str).str.strip()
+    names = frame[args.label_column].astype(str).str.strip()
+    is_usable = (texts != "") & (names != "")
     parts = part_of_each_row(names, args.split)
     split = {}
     for part in ("train", "validation", "test"):
         split[part] = torch.from_numpy(np.flatnonzero(is_usable & (parts == part)))
     classes = sorted(set(names[is_usable]))
-    untrained = sorted(set(classes) - set(names[split["train"].numpy()]))
+    untrained = sorted(set(classes) - set(names[is_usable & (parts == "train")]))
     sizes = ", ".join(f"{len(rows)} {part}" for part, rows in split.items())
     if min(len(rows) for rows in split.values()) < 5:
         raise UserError(f"{path} has too few usable rows: {sizes}; at least 5 of each are needed")
@@ -127,7 +127,7 @@ def read_reviews(args):
     empty = len(texts) - is_usable.sum()
     print(f"{path}: {len(texts)} rows ({sizes}; {empty} empty left out), {len(classes)} classes")
     labels = pd.Index(classes).get_indexer(names)
-    return Reviews(texts, labels, classes, split, data)
+    return Reviews(texts.tolist(), labels, classes, split, data)
 
 
 def part_of_each_row(names, split):
@@ -146,7 +146,7 @@ def part_of_each_row(names, split):
 
 def cut_words(texts):
     """Each text as the list of its words, by jieba in precise mode."""
-    jieba.setLogLevel(logging.WARNING)
+    jieba.setLogLevel(logging.CRITICAL)  # silent, also if its cache cannot be written
     with contextlib.suppress(OSError):  # in the system's folder it may be another user's file
         datasets.DATA_DIR.mkdir(exist_ok=True)
         jieba.dt.tmp_dir = str(datasets.DATA_DIR)
@@ -175,31 +175,33 @@ def tokenize(cuts, kind):
     """Tokens of texts cut into words: {aspect: all texts' tokens in a row}, and the number of
     tokens of each text.
 
-    kind: "word" for words. Otherwise a token is a character, and kind names its aspects: the word
-    that it is in, the character itself, the pair of it and the next one. A text without words
+    kind: "word" for words. Otherwise a token is a character with up to three aspects, which kind
+    names and which have a vocabulary and an embedding each: the word that it is in, the character
+    itself, the pair of it and the next one (at a text's end, itself alone). A text without words
     becomes one unknown token.
     """
-    cuts = [cut or ["\0"] for cut in cuts]
-    words = list(chain.from_iterable(cuts))
+    cuts = [cut or ["\0"] for cut in cuts]  # "\0" is in no vocabulary
     if kind == "word":
-        return {"word": words}, [len(cut) for cut in cuts]
-    word_of_each = []
-    for word in words:
-        word_of_each += [word] * len(word)
-    text = "".join(words)
-    pairs = [character + following for character, following in pairwise(text + " ")]
-    lengths = [sum(map(len, cut)) for cut in cuts]
-    for end in accumulate(lengths):
-        pairs[end - 1] = text[end - 1]  # a text's last character is alone
-    tokens = {"word": word_of_each, "char": list(text), "pair": pairs}
+        return {"word": list(chain.from_iterable(cuts))}, [len(cut) for cut in cuts]
+    words = []
+    characters = []
+    pairs = []
+    lengths = []
+    for cut in cuts:
+        for word in cut:
+            words += [word] * len(word)  # each of its characters has it
+        text = "".join(cut)
+        characters += text
+        pairs += [text[i : i + 2] for i in range(len(text))]
+        lengths.append(len(text))
+    tokens = {"word": words, "char": characters, "pair": pairs}
     return {aspect: tokens[aspect] for aspect in kind.split("+")}, lengths
 
 
 def build_vocabularies(cuts, kind):
     """{aspect: its frequent tokens, most frequent first} of the training texts; ids begin at 2."""
     tokens, _ = tokenize(cuts, kind)
-    if kind != "word":
-        tokens["word"] = chain.from_iterable(cuts)  # a word counts once, however long it is
+    tokens["word"] = chain.from_iterable(cuts)  # a word counts once, however long it is
     vocabularies = {}
     for aspect, values in tokens.items():
         counts = Counter(values).most_common()
@@ -211,46 +213,48 @@ def encode(tokens, vocabularies):
     """The ids of tokens, (all tokens, aspects) int32; UNK for those not in the vocabularies."""
     columns = []
     for aspect, vocabulary in vocabularies.items():
-        ids = {token: number for number, token in enumerate(vocabulary, start=2)}
+        ids = {token: number for number, token in enumerate(vocabulary, start=UNK + 1)}
         columns.append([ids.get(token, UNK) for token in tokens[aspect]])
-    return np.array(columns, dtype=np.int32).T.copy()
+    return np.column_stack(columns).astype(np.int32)
 
 
 class Corpus:
-    """All tokens of all texts on the device, and the batches made of them there."""
+    """The ids of all texts, and the batches made of them."""
 
     def __init__(self, ids, counts, labels, device):
         """ids (all tokens, aspects) of `encode`, counts (texts,) of `tokenize`, labels (texts,)."""
-        counts = np.array(counts)
-        first_tokens = np.cumsum(counts) - counts
+        self.texts = torch.from_numpy(ids).split(list(counts))  # (tokens, aspects) of each text
+        self.lengths = torch.tensor(counts).clamp(max=MAX_TOKENS)
+        self.labels = torch.from_numpy(labels)
         self.device = device
-        self.lengths = torch.from_numpy(counts).clamp(max=MAX_TOKENS)  # on the CPU, for planning
-        self.ids = torch.from_numpy(ids).to(device)
-        self.first_tokens = torch.from_numpy(first_tokens).to(device)
-        self.labels = torch.from_numpy(labels).to(device)
 
     def by_length(self, rows, batch_size):
         """Rows (n,) as batches of texts of similar length, so that little padding is computed."""
         return rows[torch.argsort(self.lengths[rows], stable=True)].split(batch_size)
 
     def shuffled(self, rows, batch_size):
-        """The same with chance: sorted within pools of fifty batches, batches in random order."""
+        """Batches for training: sorted within random pools of fifty batches, in random order."""
         batches = []
         for pool in rows[torch.randperm(len(rows))].split(50 * batch_size):
             batches += self.by_length(pool, batch_size)
         return [batches[i] for i in torch.randperm(len(batches)).tolist()]
 
     def batch(self, rows):
-        """tokens (T, B, aspects), padded with 0 to the longest, lengths (B,) and labels (B,)."""
-        lengths = self.lengths[rows]
-        T = int(lengths.max())
-        steps = torch.arange(T, device=self.device)[:, None]  # (T, 1)
-        rows = rows.to(self.device, non_blocking=True)  # a GPU's earlier steps are not waited for
-        lengths = lengths.to(self.device, non_blocking=True)
-        is_padding = steps >= lengths  # (T, B)
-        index = torch.where(is_padding, 0, self.first_tokens[rows] + steps)  # (T, B)
-        tokens = self.ids[index].masked_fill(is_padding[:, :, None], PAD)
-        return tokens, lengths, self.labels[rows]
+        """tokens (T, B, aspects), padded to the longest, lengths (B,) and labels (B,)."""
+        texts = [self.texts[row][:MAX_TOKENS] for row in rows.tolist()]
+        tokens = pad_sequence(texts, padding_value=PAD)
+        batch = (tokens, self.lengths[rows], self.labels[rows])
+        return [part.to(self.device, non_blocking=True) for part in batch]
+
+
+def make_corpus(args, reviews, device):
+    """The vocabularies of the training texts, and the corpus of all texts."""
+    cuts = cached_words(reviews.texts, reviews.data["sha256"])
+    train_cuts = [cuts[row] for row in reviews.split["train"].tolist()]
+    vocabularies = build_vocabularies(train_cuts, args.tokens)
+    tokens, counts = tokenize(cuts, args.tokens)
+    ids = encode(tokens, vocabularies)
+    return vocabularies, Corpus(ids, counts, reviews.labels, device)
 
 
 # --- the model ----------------------------------------------------------------------------------
@@ -269,6 +273,7 @@ class TextClassifier(nn.Module):
         """
         super().__init__()
         self.pool = pool
+        self.num_classes = num_classes
         self.embeddings = nn.ModuleList()
         for size in vocab_sizes:
             embedding = nn.Embedding(size, num_inputs)
@@ -279,11 +284,10 @@ class TextClassifier(nn.Module):
 
     def embed(self, tokens):
         """Inputs of the recurrence (T, B, D): the sum over aspects of tokens (T, B, aspects)."""
-        inputs = 0
-        for embedding, ids in zip(self.embeddings, tokens.unbind(2), strict=True):
-            inputs = inputs + embedding(ids)
+        aspects = zip(self.embeddings, tokens.unbind(2), strict=True)
+        inputs = sum(embedding(ids) for embedding, ids in aspects)  # (T, B, D)
         # One dropout mask for all steps of a text (Gal and Ghahramani 2016).
-        mask = self.dropout(inputs.new_ones(1, *inputs.shape[1:]))  # (1, B, D)
+        mask = self.dropout(torch.ones_like(inputs[:1]))  # (1, B, D)
         return inputs * mask
 
     def classify(self, inputs, lengths):
@@ -309,12 +313,13 @@ def build_model(config):
 def hide_words(tokens, share):
     """A copy of tokens (T, B, aspects) in which a share of the words is UNK.
 
-    One draw decides for all characters of a word, and for equal words side by side. The characters
-    and their pairs stay.
+    One draw decides for all characters of a word, and for equal words side by side. Other aspects
+    of a token stay.
     """
     words = tokens[:, :, 0]  # (T, B); the word is the first aspect
-    is_first = words.diff(dim=0, prepend=words[:1]) != 0  # a word begins where the id changes
-    number = is_first.cumsum(dim=0)  # of the word in its text, (T, B)
+    # A new word begins where the id changes: the words of the ids 7 7 8 9 9 are 0 0 1 2 2.
+    is_new = words.diff(dim=0, prepend=words[:1]) != 0
+    number = is_new.cumsum(dim=0)  # of the word in its text, (T, B)
     draws = torch.rand(words.shape, device=words.device)
     is_hidden = draws.gather(0, number) < share
     partly_hidden = tokens.clone()
@@ -324,17 +329,23 @@ def hide_words(tokens, share):
 
 def make_config(args, cell, reviews, vocabularies):
     """What best.pt holds beside the weights."""
-    sizes = {"num_inputs": args.embedding, "num_hiddens": args.hidden}
-    sizes["vocab_sizes"] = [len(vocabulary) + 2 for vocabulary in vocabularies.values()]
-    sizes["num_classes"] = len(reviews.classes)
-    sizes["pool"] = args.pool
-    sizes["dropout"] = args.dropout
-    config = {"task": "text", "model": cell, "sizes": sizes}
-    config["tokens"] = args.tokens
-    config["vocabularies"] = vocabularies
-    config["labels"] = reviews.classes
-    config["sha256"] = reviews.data["sha256"]
-    return config
+    sizes = {
+        "vocab_sizes": [len(vocabulary) + UNK + 1 for vocabulary in vocabularies.values()],
+        "num_inputs": args.embedding,
+        "num_hiddens": args.hidden,
+        "num_classes": len(reviews.classes),
+        "pool": args.pool,
+        "dropout": args.dropout,
+    }
+    return {
+        "task": "text",
+        "model": cell,
+        "sizes": sizes,
+        "tokens": args.tokens,
+        "vocabularies": vocabularies,
+        "labels": reviews.classes,
+        "sha256": reviews.data["sha256"],
+    }
 
 
 def train(args, config, reviews, corpus):
@@ -345,10 +356,10 @@ def train(args, config, reviews, corpus):
 
     torch.manual_seed(args.seed)
     model = build_model(config).to(corpus.device)
-    curve_rows = train_rows[:: len(train_rows) // CURVE_ROWS + 1]
+    curve_rows = train_rows[:: len(train_rows) // CURVE_ROWS + 1]  # every n-th
     optimizer = AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=True)
     schedule = LambdaLR(optimizer, runs.rise_and_fall(min(args.fall_steps, num_steps)))
-    # Validate, test and save the moving average of the weights.
+    # The moving average of the weights is what is validated, tested and saved.
     average = runs.MovingAverage(model, args.average)
     parallel_model = DistributedDataParallel(model) if runs.world_size() > 1 else model
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "average": average}
@@ -358,7 +369,7 @@ def train(args, config, reviews, corpus):
         model.train()
         for rows in run.progress(corpus.shuffled(train_rows, args.batch_size)):
             tokens, lengths, labels = corpus.batch(rows)
-            tokens = hide_words(tokens, args.word_dropout)  # so that the characters count, too
+            tokens = hide_words(tokens, args.word_dropout)
             logits = parallel_model(tokens, lengths)  # (B, K)
             loss = F.cross_entropy(logits, labels, label_smoothing=args.label_smoothing)
             optimizer.zero_grad()
@@ -372,7 +383,7 @@ def train(args, config, reviews, corpus):
         scores = validate(average.module, corpus, reviews, curve_rows)
         run.end_epoch(scores, score=scores["validation_f1_macro"])
 
-    model.load_state_dict(run.best["weights"])
+    model.load_state_dict(run.best["weights"])  # the average's, after the best epoch
     return run, model
 
 
@@ -380,13 +391,10 @@ def train(args, config, reviews, corpus):
 def probabilities(model, corpus, rows):
     """Class probabilities (n, K) of the texts in rows (n,), in their order, on the CPU."""
     model.eval()
-    batches = corpus.by_length(rows, 128)
-    parts = []
-    for batch in batches:
+    by_row = torch.empty(len(corpus.texts), model.num_classes)
+    for batch in corpus.by_length(rows, 128):
         tokens, lengths, _ = corpus.batch(batch)
-        parts.append(model(tokens, lengths).softmax(dim=1).cpu())
-    by_row = torch.empty(len(corpus.lengths), parts[0].shape[1])
-    by_row[torch.cat(batches)] = torch.cat(parts)
+        by_row[batch] = model(tokens, lengths).softmax(dim=1).cpu()
     return by_row[rows]
 
 
@@ -398,11 +406,10 @@ def validate(model, corpus, reviews, curve_rows):
     scores = {}
     for part, rows in (("train", curve_rows), ("validation", reviews.split["validation"])):
         p = probabilities(model, corpus, rows)
-        guess = p.argmax(dim=1).numpy()
-        truth = reviews.labels[rows.numpy()]
-        matrix = confusion_matrix(truth, guess, num_classes=len(reviews.classes))
+        truth = corpus.labels[rows]
+        matrix = confusion_matrix(truth, p.argmax(dim=1), num_classes=len(reviews.classes))
         log_p = p.clamp_min(1e-12).log()
-        scores[f"{part}_loss"] = F.nll_loss(log_p, torch.from_numpy(truth)).item()
+        scores[f"{part}_loss"] = F.nll_loss(log_p, truth).item()
         scores[f"{part}_accuracy"] = accuracy(matrix)
         if part == "validation":
             _, _, scores["validation_f1_macro"] = precision_recall_f1(matrix, "macro")
@@ -437,9 +444,8 @@ def test(run, model, reviews, corpus):
 
 def test_scores(reviews, p):
     """The confusion matrix (K, K) of test probabilities (n, K), and "test" of metrics.json."""
-    truth = reviews.labels[reviews.split["test"].numpy()]
-    guess = p.argmax(dim=1).numpy()
-    matrix = confusion_matrix(truth, guess, num_classes=len(reviews.classes))
+    truth = reviews.labels[reviews.split["test"]]
+    matrix = confusion_matrix(truth, p.argmax(dim=1), num_classes=len(reviews.classes))
     scores = {"accuracy": accuracy(matrix)}
     for average in ("macro", "weighted"):
         precision, recall, f1 = precision_recall_f1(matrix, average)
@@ -447,12 +453,9 @@ def test_scores(reviews, p):
         scores[f"recall_{average}"] = recall
         scores[f"f1_{average}"] = f1
     precision, recall, f1 = precision_recall_f1(matrix)
-    table = pd.DataFrame(index=reviews.classes)
-    table["precision"] = precision
-    table["recall"] = recall
-    table["f1"] = f1
-    table["support"] = matrix.sum(axis=1)
-    scores["per_class"] = table.to_dict("index")
+    support = matrix.sum(axis=1)
+    table = {"precision": precision, "recall": recall, "f1": f1, "support": support}
+    scores["per_class"] = pd.DataFrame(table, index=reviews.classes).to_dict("index")
     return matrix, scores
 
 
@@ -473,13 +476,14 @@ def write_predictions(path, reviews, p):
     rows = reviews.split["test"].numpy()
     highest, predicted = p.max(dim=1)
     classes = np.array(reviews.classes, dtype=object)
-    table = pd.DataFrame()
-    table["row"] = rows + 1
-    table["label"] = classes[reviews.labels[rows]]
-    table["predicted"] = classes[predicted.numpy()]
-    table["probability"] = highest.numpy().round(4)
-    table["text"] = [reviews.texts[row] for row in rows]
-    write_csv(path, table)
+    table = {
+        "row": rows + 1,
+        "label": classes[reviews.labels[rows]],
+        "predicted": classes[predicted.numpy()],
+        "probability": highest.numpy().round(4),
+        "text": [reviews.texts[row] for row in rows],
+    }
+    write_csv(path, pd.DataFrame(table))
 
 
 # --- comparison ---------------------------------------------------------------------------------
@@ -505,29 +509,44 @@ def gradient_reach(model, corpus, rows):
     return torch.cat(shares, dim=1).mean(dim=1).tolist() if shares else []
 
 
+def reach_of_both(seed, model, config, corpus, rows):
+    """{title: gradient_reach} of a trained model and of the weights that training began with."""
+    torch.manual_seed(seed)
+    fresh = build_model(config).to(corpus.device)
+    title = runs.title_of(config["model"])
+    return {
+        title: gradient_reach(model, corpus, rows),
+        f"{title}, untrained": gradient_reach(fresh, corpus, rows),
+    }
+
+
 def compare(args, reviews, results, reach):
-    """The structures side by side, and the mean of their probabilities: text_all/."""
+    """The structures side by side, and the mean of their probabilities: text_all/.
+
+    results: (content of metrics.json, test probabilities (n, K)) of each structure.
+    """
     shown = ["accuracy", "precision_macro", "recall_macro", "f1_macro"]
+    columns = ["model", *shown, "parameters", "seconds_per_epoch", "best_epoch"]
     rows = []
     for metrics, _ in results:
-        row = {"model": runs.title_of(metrics["model"])}
-        row.update({name: metrics["test"][name] for name in shown})
-        for name in ("parameters", "seconds_per_epoch", "best_epoch"):
-            row[name] = metrics[name]
-        rows.append(row)
+        values = {**metrics, **metrics["test"], "model": runs.title_of(metrics["model"])}
+        rows.append({name: values[name] for name in columns})
     mean_p = torch.stack([p for _, p in results]).mean(dim=0)
     _, scores = test_scores(reviews, mean_p)
-    mean_row = {"model": "mean of all"}
-    mean_row.update({name: scores[name] for name in shown})
+    mean_row = {"model": "mean of all", **{name: scores[name] for name in shown}}
     mean_row["parameters"] = sum(row["parameters"] for row in rows)
-    content = {"argv": sys.argv[1:], "seed": args.seed, "data": reviews.data}
-    content["rows"] = [*rows, mean_row]
-    content["gradient_reach"] = reach
     suffix = runs.stamp(reviews.data)
     print(f"\nTest rows{suffix}; precision, recall and F1 are macro averages.")
     panels = {
         f"Validation cross-entropy{suffix}": "validation_loss",
         "Validation macro-F1": "validation_f1_macro",
+    }
+    content = {
+        "argv": sys.argv[1:],
+        "seed": args.seed,
+        "data": reviews.data,
+        "rows": [*rows, mean_row],
+        "gradient_reach": reach,
     }
     cells = [metrics["model"] for metrics, _ in results]
     runs.write_comparison(args.out, "text", cells, content, panels)
@@ -539,9 +558,8 @@ def compare(args, reviews, results, reach):
 
 
 def on_one_line(text):
-    """A text without tabs, line feeds and what cannot be printed."""
-    printable = [character if character.isprintable() else " " for character in text]
-    return " ".join("".join(printable).split())
+    """A text without tabs and line ends."""
+    return " ".join(text.split())
 
 
 def predict(args, device):
@@ -559,18 +577,18 @@ def predict(args, device):
         sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     texts = read_lines() if args.predict == "-" else [args.predict]
     for first in range(0, len(texts), 256):
-        batch = [text.strip(BLANKS) for text in texts[first : first + 256]]
+        batch = [text.strip() for text in texts[first : first + 256]]
         cuts = cut_words(batch)
         p = [classify_cuts(cuts, model, config, device) for model, config in classifiers]
         highest, predicted = torch.stack(p).mean(dim=0).max(dim=1)
-        for text, share, k in zip(batch, highest.tolist(), predicted.tolist(), strict=True):
-            print(on_one_line(labels[k]), f"{share:.4f}", on_one_line(text), sep="\t")
+        for text, probability, k in zip(batch, highest.tolist(), predicted.tolist(), strict=True):
+            print(on_one_line(labels[k]), f"{probability:.4f}", on_one_line(text), sep="\t")
 
 
 def read_lines():
     """The lines of the standard input. Raises UserError for what is no text."""
     try:
-        return list(io.StringIO(datasets.decode(sys.stdin.buffer.read())))
+        return list(io.StringIO(datasets.decode(sys.stdin.buffer.read())))  # at line feeds only
     except UnicodeDecodeError as error:
         raise UserError("the input is no UTF-8, UTF-16 or GB18030; save it as UTF-8") from error
 
@@ -599,13 +617,7 @@ def main():
     reviews = read_reviews(args)
     options.check_folder(args.out)
     runs.check_same_data(reviews.data)
-    cuts = cached_words(reviews.texts, reviews.data["sha256"])
-    train_cuts = [cuts[row] for row in reviews.split["train"].tolist()]
-    vocabularies = build_vocabularies(train_cuts, args.tokens)
-    tokens, counts = tokenize(cuts, args.tokens)
-    ids = encode(tokens, vocabularies)
-    corpus = Corpus(ids, counts, reviews.labels, device)
-    del cuts, train_cuts, tokens  # millions of strings
+    vocabularies, corpus = make_corpus(args, reviews, device)
 
     results = []
     reach = {}
@@ -615,12 +627,8 @@ def main():
         if runs.is_first():
             results.append(test(run, model, reviews, corpus))
             if args.model == "all":
-                torch.manual_seed(args.seed)  # the weights that training started from
-                fresh = build_model(config).to(device)
                 rows = reviews.split["validation"]
-                name = runs.title_of(cell)
-                reach[name] = gradient_reach(model, corpus, rows)
-                reach[f"{name}, untrained"] = gradient_reach(fresh, corpus, rows)
+                reach.update(reach_of_both(args.seed, model, config, corpus, rows))
     if args.model == "all" and runs.is_first():
         compare(args, reviews, results, reach)
 

@@ -122,7 +122,7 @@ def draw_forecasts(path, windows, band, steps_a_day, title):
         days = index[::steps_a_day]
         axes.set_xticks(days, [f"{day:%d.%m.}" for day in days])
         axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8)  # one is enough, in the last panel
     save(figure, path)
     return figure
 
@@ -143,6 +143,6 @@ def draw_lead_time(path, hours, errors, title):
         axes.set_ylabel("degC")
         axes.set_ylim(0, None)
         axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    median_axes.legend(fontsize=8)  # of both
     save(figure, path)
     return figure

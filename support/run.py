@@ -18,7 +18,7 @@ from tqdm import tqdm
 from support import plots
 from support.files import UserError, whole_file, write_csv, write_json
 
-FORMAT = 7  # of the checkpoints; raise it when what they hold changes
+FORMAT = 8  # of the checkpoints; raise it when what they hold changes
 # What a run leaves in its folder.
 RESULTS = ("last.pt", "best.pt", "metrics.json", "history.csv", "predictions.csv", "curves.png",
            "confusion.png", "forecasts.png", "lead_time.png")  # fmt: skip
@@ -74,7 +74,7 @@ def check_same_data(data):
 
 def save_checkpoint(path, content):
     """Write a checkpoint whole: plain values and tensors only, so that `weights_only` loads it."""
-    packed = io.BytesIO()  # torch.save reports a full disk in its own words, a write by OSError
+    packed = io.BytesIO()  # torch.save into a file reports a full disk by no OSError
     torch.save({"format": FORMAT, **content}, packed)
     with whole_file(path) as stream:
         stream.write(packed.getbuffer())
@@ -162,9 +162,10 @@ class Run:
         self.history = []
         self.best = None
         self.epoch_start = time.perf_counter()
-        skipped = ("resume", "out", "device", "data", "model")  # may change; config holds the model
-        options = {name: str(value) for name, value in vars(args).items() if name not in skipped}
-        self.options = {**options, "nproc_per_node": str(world_size())}
+        may_change = ("resume", "out", "device", "data", "model")  # the folder is the model's
+        options = {name: value for name, value in vars(args).items() if name not in may_change}
+        # What a resumed run must have in common with the run that it goes on with.
+        self.options = {**options, "nproc_per_node": world_size(), "data": config["sha256"]}
 
     def clear(self):
         """Remove what an earlier run left in the folder, so that old and new never stand together.
@@ -187,18 +188,17 @@ class Run:
         Raises UserError if the run in the folder had other options or data.
         """
         path = self.folder / "last.pt"
-        if not from_first(path.exists()):
-            return
-        last = load_checkpoint(path, self.config["task"], "parts") if is_first() else None
+        last = None
+        if is_first() and path.exists():
+            last = load_checkpoint(path, self.config["task"], "parts")
         last = from_first(last)
-        changed = [name for name in self.options if self.options[name] != last["options"].get(name)]
-        if changed:
-            option = f"--{changed[0].replace('_', '-')}"
-            raise UserError(f"the run in {self.folder} began with another value of {option}; "
-                            "use the same or leave out --resume")  # fmt: skip
-        if last["config"] != self.config:
-            raise UserError(f"the run in {self.folder} began with other data; "
-                            "use the same or leave out --resume")  # fmt: skip
+        if last is None:
+            return
+        for name, value in self.options.items():
+            if value != last["options"].get(name):
+                option = f"--{name.replace('_', '-')}"
+                raise UserError(f"the run in {self.folder} began with another value of {option}; "
+                                "use the same or leave out --resume")  # fmt: skip
         for name, part in self.parts.items():
             load_weights(part, last["parts"][name], path)
         self.history = last["history"]
@@ -255,24 +255,29 @@ class Run:
             self.best = {"epoch": epoch, "score": score, "weights": weights}
         if not is_first():
             return
+        last = {
+            "task": self.config["task"],
+            "options": self.options,
+            "history": self.history,
+            "best": self.best,
+            "parts": {name: part.state_dict() for name, part in self.parts.items()},
+        }
+        # The checkpoint first: the epoch stays even if Excel has the table open (Windows).
+        save_checkpoint(self.folder / "last.pt", last)
         write_csv(self.folder / "history.csv", pd.DataFrame(self.history))
-        states = {name: part.state_dict() for name, part in self.parts.items()}
-        save_checkpoint(self.folder / "last.pt", {
-            "task": self.config["task"], "config": self.config, "options": self.options,
-            "history": self.history, "best": self.best, "parts": states,
-        })  # fmt: skip
         numbers = "  ".join(f"{k.replace('_', ' ')} {value:.4f}" for k, value in scores.items())
         print(f"epoch {epoch:2}  {numbers}  {seconds:.0f} s{'  *' if is_best else ''}", flush=True)
 
     def save_best(self, **content):
         """Write best.pt: config, the best epoch's weights, and `content`."""
-        content = {**self.config, **content}
-        content["epoch"] = self.best["epoch"]
-        content["weights"] = self.best["weights"]
+        epoch = self.best["epoch"]
+        content = {**self.config, **content, "epoch": epoch, "weights": self.best["weights"]}
         save_checkpoint(self.folder / "best.pt", content)
 
     def write_metrics(self, data, split, test, **more):
-        """Write metrics.json; returns its content."""
+        """Write metrics.json, and history.csv again; returns the content of metrics.json."""
+        # A run that was killed between its last checkpoint and its table is completed here.
+        write_csv(self.folder / "history.csv", pd.DataFrame(self.history))
         model = self.parts["model"]
         params = list(model.parameters())
         seconds = [record["seconds"] for record in self.history]
@@ -301,7 +306,8 @@ class Run:
 
 def rise_and_fall(steps):
     """The rate's factor at each step, for LambdaLR: it rises for a thirteenth of the steps, to
-    12/13, falls to a twentieth by their end, and stays there; steps 0: the factor is 1.
+    12/13, where 12 d meets 1 - d, d the share of the steps done; falls to a twentieth by their end,
+    and stays there. steps 0: the factor is 1.
     """
 
     def factor(step):
@@ -316,9 +322,9 @@ def rise_and_fall(steps):
 class MovingAverage:
     """A copy of a model whose weights are the moving average of the model's weights.
 
-    The average is an exponential one, which at first goes over a tenth of the steps so far, so that
-    short runs have one too. torch's AveragedModel would copy its counter to the GPU in every step
-    and wait for it; here the counter is a Python number.
+    The average is an exponential one, which at first goes over about the last tenth of the steps
+    so far, so that short runs have one too. torch's AveragedModel would copy its counter to the GPU
+    in every step and wait for it; here the counter is a Python number.
     """
 
     def __init__(self, model, decay):

@@ -62,13 +62,13 @@ def test_a_typed_option_wins_over_the_preset_even_with_the_ordinary_default(valu
 PREDICT = ["--predict", "好", "--checkpoint", "best.pt"]
 
 
-def test_beside_predict_only_checkpoint_and_device_may_be_typed():
+def test_predict_and_device_go_together():
     args = text_classify.parse_args([*PREDICT, "--device", "cpu"])
     assert args.predict == "好"
 
 
-@pytest.mark.parametrize("arguments", [["--batch-size", "64"], ["--resume"]])
-def test_another_option_beside_predict_is_refused_even_with_its_default(arguments):
+@pytest.mark.parametrize("arguments", [["--batch-size", "63"], ["--resume"]])
+def test_an_option_without_effect_on_predict_is_refused(arguments):
     with pytest.raises(UserError, match=f"^{arguments[0]} has no effect on --predict"):
         text_classify.parse_args([*PREDICT, *arguments])
 
@@ -122,7 +122,7 @@ def test_without_a_gpu_auto_is_the_cpu(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("name", ["gpu", "cuda:x"])
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "cuda:01"])
 def test_a_name_that_is_no_device_is_refused(name):
     with pytest.raises(UserError, match="is not one of auto, cpu, cuda, cuda:N"):
         options.pick_device(name)

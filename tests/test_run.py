@@ -194,13 +194,23 @@ def test_paths_may_change_before_a_run_is_resumed(trained):
     [
         ({"seed": 1}, "another value of --seed"),
         ({"batch_size": 8}, "another value of --batch-size"),
-        ({"sha256": "1"}, "other data"),
+        ({"sha256": "1"}, "another value of --data"),
         ({"inputs": 3}, "does not fit this program"),
     ],
 )
 def test_a_run_that_began_otherwise_is_not_resumed(trained, changes, message):
     with pytest.raises(UserError, match=message):
         make_run(trained, **changes).restore()
+
+
+def test_a_run_killed_before_it_wrote_its_table_is_completed(trained):
+    table = trained / "history.csv"
+    complete = table.read_bytes()
+    table.unlink()
+    run = make_run(trained)
+    run.restore()
+    run.write_metrics(data={}, split={}, test={})
+    assert table.read_bytes() == complete
 
 
 def test_without_an_earlier_run_resuming_begins_anew(tmp_path):

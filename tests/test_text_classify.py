@@ -398,8 +398,7 @@ def test_a_second_run_into_the_same_folder_removes_the_results_of_the_first(
     monkeypatch.setattr(run, "save_checkpoint", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, "rnn", "--epochs 1")
-    names = [path.name for path in folder.iterdir()]
-    assert names == ["history.csv"]  # of the second run's first epoch
+    assert list(folder.iterdir()) == []
 
 
 def test_a_stopped_and_resumed_run_ends_as_if_left_alone(train, outcome, tmp_path, monkeypatch):
@@ -510,7 +509,7 @@ mistakes = {
     "--checkpoint missing.pt --predict x": "missing.pt is no file",
     "--checkpoint sure.pt temp.pt --predict x": "temp.pt is no such file",
     "--checkpoint sure.pt other.pt --predict x": "different classes",
-    "--checkpoint sure.pt --predict x --lr 4e-3": "--lr has no effect",
+    "--checkpoint sure.pt --predict x --lr 1e-3": "--lr has no effect",
 }
 
 
