@@ -89,39 +89,36 @@ def read_series(frame, path, freq, date_column, target):
     """A DataFrame's columns in steps of `freq`, indexed by time, the target first.
 
     Of several values in a step the first known one counts; -999 and less, and texts, are missing.
-    Raises UserError for a missing column, an unreadable date, and too few values of the target.
+    Raises UserError for a missing column, an unreadable date, and a target that is mostly text.
     """
     datasets.check_columns(frame, [date_column, target], path)
     if target == date_column:
         raise UserError(f"--target and --date-column are both {target!r}; name two columns")
-    raw = frame.drop(columns=date_column)
-    raw.insert(0, target, raw.pop(target))
+    others = frame.columns.drop([date_column, target])
+    raw = frame[[target, *others]]
     numbers = raw.apply(pd.to_numeric, errors="coerce").astype(float)
+    is_text = (raw[target].notna() & numbers[target].isna()).to_numpy()
+    if is_text.mean() > 0.5:
+        row = is_text.argmax()
+        raise UserError(f"{path}: {raw[target].iloc[row]!r} in row {row + 1} is no temperature, "
+                        f"nor is most of {target}; name another --target")  # fmt: skip
     values = numbers.mask((numbers <= -999) | np.isinf(numbers))
     values.index = read_stamps(frame[date_column], path)
     series = values.sort_index(kind="stable").resample(freq).first()
-    is_missing = series[target].isna()
     print(f"{path}: {len(frame)} rows, {series.index[0]} to {series.index[-1]}; {len(series)} "
-          f"steps, {is_missing.sum()} without {target}")  # fmt: skip
-    if is_missing.mean() > 0.5:
-        is_text = (raw[target].notna() & numbers[target].isna()).to_numpy()
-        reason = "does --freq fit?"
-        if is_text.any():
-            row = is_text.argmax()
-            reason = f"{raw[target].iloc[row]!r} in row {row + 1} is no temperature"
-        raise UserError(f"{path}: over half of the steps have no {target}; {reason}")
+          f"steps, {series[target].isna().sum()} without {target}")  # fmt: skip
     return series
 
 
 def read_stamps(column, path):
-    """Dates as a DatetimeIndex: 31.12.2009 23:50[:00] or 2009-12-31 23:50[:00], with "T" too.
+    """Dates as a DatetimeIndex: 31.12.2009 or 2009-12-31, alone or with a time 23:50[:00].
 
     Raises UserError for a date that cannot be right; it names the first one.
     """
     texts = column.astype(str).str.strip()
     stamps = pd.to_datetime(texts, format="ISO8601", errors="coerce", utc=True)
     stamps = stamps.dt.tz_localize(None)  # with offsets from UTC, they are times in UTC
-    for german_format in (STAMP, "%d.%m.%Y %H:%M"):
+    for german_format in (STAMP, "%d.%m.%Y %H:%M", "%d.%m.%Y"):
         stamps = stamps.fillna(pd.to_datetime(texts, format=german_format, errors="coerce"))
     is_far = (stamps - stamps.median()).abs() > pd.Timedelta(days=200 * 365.25)
     is_wrong = (stamps.isna() | is_far).to_numpy()
@@ -167,23 +164,24 @@ class Weather:
 
 
 def prepare(args, series, path):
-    """The `Weather` of a series. Raises UserError if it is too short.
+    """The `Weather` of a series. Raises UserError if it is too short or mostly missing.
 
     --features all takes the target, and columns that have at least half of their training values.
     """
+    target = series.columns[0]
+    if series[target].isna().mean() > 0.5:
+        raise UserError(f"{path}: over half of the steps have no {target}; does --freq fit?")
     index = series.index
     steps_a_day = STEPS_A_DAY[args.freq]
     length = (KNOWN_DAYS + HORIZON_DAYS) * steps_a_day
     test_begin = index[0] + pd.DateOffset(years=args.train_years)
-    validation_end = int((index < test_begin).sum())
+    validation_end = int(index.searchsorted(test_begin))
     train_end = validation_end * 4 // 5
-    midnights = np.flatnonzero(index == index.normalize())
-    test_midnights = midnights[midnights >= validation_end]
-    first_test = test_midnights[0] if len(test_midnights) else len(index)
-    columns = series.columns[:1]
+    first_test = int(index.searchsorted(test_begin.ceil("D")))  # the first midnight
+    columns = [target]
     if args.features == "all":
         others = series.iloc[:train_end, 1:].dropna(axis=1, thresh=train_end // 2)
-        columns = [series.columns[0], *others.columns]
+        columns += others.columns.tolist()
     values = series[columns].to_numpy()  # (N, C)
 
     parts = {  # first step, end, steps from window to window
@@ -199,9 +197,10 @@ def prepare(args, series, path):
         starts[part], left_out = window_starts(is_complete, first, end, length, step)
         print(f"{part}: {len(starts[part])} windows, {left_out} with missing values left out")
         if len(starts[part]) < 5:
-            raise UserError(f"{path} is too short: {len(starts[part])} whole windows for {part}, 5 "
-                            "are needed; lower --train-years or name a longer one")  # fmt: skip
-    return Weather(index, list(columns), values, steps_a_day, train_end, starts)
+            raise UserError(f"{path} has too few windows for {part}: {len(starts[part])} whole, "
+                            f"{left_out} with missing values; 5 whole ones are needed: name a "
+                            "longer or more complete file, or lower --train-years")  # fmt: skip
+    return Weather(index, columns, values, steps_a_day, train_end, starts)
 
 
 def window_starts(is_complete, first, end, length, step):
@@ -211,8 +210,8 @@ def window_starts(is_complete, first, end, length, step):
     missing value, and how many were left out.
     """
     starts = np.arange(first, end - length + 1, step)
-    missing_before = np.concatenate([[0], np.cumsum(~is_complete)])
-    is_usable = missing_before[starts + length] == missing_before[starts]
+    windows = starts[:, None] + np.arange(length)
+    is_usable = is_complete[windows].all(axis=1)
     return starts[is_usable], int((~is_usable).sum())
 
 
@@ -225,9 +224,7 @@ def calendar(index):
     day_of_year = index.day_of_year.to_numpy() - 1 + hour / 24
     year = 2 * np.pi * day_of_year / 365.25
     day = 2 * np.pi * hour / 24
-    yearly = [np.sin(year), np.cos(year)]
-    daily = [np.sin(day), np.cos(day)]
-    return np.stack([*yearly, *daily], axis=1)
+    return np.stack([np.sin(year), np.cos(year), np.sin(day), np.cos(day)], axis=1)
 
 
 def harmonics(index):
@@ -253,7 +250,7 @@ class View:
     from the mean of the training steps, so that the inputs are the standardised values alone.
     """
 
-    kind: str
+    kind: str  # the value of --base that it serves
     coefficients: np.ndarray  # (K, C), of the expected values
     scale: np.ndarray  # (C,), standard deviations of the differences
 
@@ -270,7 +267,7 @@ class View:
 
 
 def design(kind, index):
-    """Regressors (N, K) of what is expected: the climatology's, or a 1."""
+    """Regressors (N, K) of what is expected: the climatology's, or for "mean" a 1."""
     return harmonics(index) if kind == "linear" else np.ones((len(index), 1))
 
 
@@ -296,30 +293,29 @@ def fit_view(kind, weather):
 def linear_features(windows, steps_a_day):
     """(n, F) features of the ridge regression from the known steps (n, known, C + 4) of the inputs.
 
-    v: every step of the target, of all columns the daily means and the steps of the last day, and
-    a 1; then v times sine and cosine of the year and of the day at the last known step, so that
+    v: the target at every step; the daily means and the last day's steps of all columns; a 1. Then
+    v times sine and cosine of the year and of the day at the last known step, so that
     the weights change with season and hour.
     """
-    n, _, D = windows.shape
-    C = D - 4
-    anomalies = windows[:, :, :C]
+    n = len(windows)
+    anomalies = windows[:, :, :-4]  # without the calendar
     target = anomalies[:, :, 0]
-    days = anomalies.reshape(n, KNOWN_DAYS, steps_a_day, C)
+    days = anomalies.reshape(n, KNOWN_DAYS, steps_a_day, anomalies.shape[2])
     daily_means = days.mean(axis=2).reshape(n, -1)
     last_day = days[:, -1].reshape(n, -1)
     ones = np.ones((n, 1))
     v = np.concatenate([target, daily_means, last_day, ones], axis=1)
     blocks = [v]
-    for wave in windows[:, -1, C:].T:  # (n,) each: sin_y, cos_y, sin_d, cos_d
+    for wave in windows[:, -1, -4:].T:  # (n,) each: sin_y, cos_y, sin_d, cos_d
         blocks.append(v * wave[:, None])
     return np.concatenate(blocks, axis=1)
 
 
-def feature_parts(weather, view, starts):
-    """Yield starts (n,) in parts with their `linear_features`, to save memory."""
+def feature_chunks(weather, view, starts):
+    """Yield starts (n,) in chunks with their `linear_features`, to save memory."""
     inputs = view.inputs(weather)
-    for part in np.array_split(starts, len(starts) // 4096 + 1):
-        yield part, linear_features(inputs[weather.past(part)], weather.steps_a_day)
+    for chunk in np.array_split(starts, len(starts) // 4096 + 1):
+        yield chunk, linear_features(inputs[weather.past(chunk)], weather.steps_a_day)
 
 
 def base_forecast(weather, view, W, starts):
@@ -329,7 +325,7 @@ def base_forecast(weather, view, W, starts):
     expected = view.expected(weather.index)[weather.future(starts), 0]
     if W is None:
         return expected
-    anomalies = [X @ W for _, X in feature_parts(weather, view, starts)]
+    anomalies = [X @ W for _, X in feature_chunks(weather, view, starts)]
     return expected + view.scale[0] * np.concatenate(anomalies)
 
 
@@ -347,13 +343,14 @@ def fit_linear(weather):
     """Ridge regression on the `linear_features`, with the penalty of least validation error."""
     view = fit_view("linear", weather)
     XX, XY = sums_of_products(weather, view, weather.starts["train"])
-    some = weather.starts["validation"][::3]  # enough to choose among seven penalties
-    errors = {}
-    for penalty in PENALTIES:
+    every_third = weather.starts["validation"][::3]  # enough to choose among seven penalties
+
+    def validation_error(penalty):
         W = solve_ridge(XX, XY, penalty)
-        guess = base_forecast(weather, view, W, some)
-        errors[penalty] = mean_error(weather.truth(some), guess)
-    penalty = min(errors, key=errors.get)
+        guess = base_forecast(weather, view, W, every_third)
+        return mean_error(weather.truth(every_third), guess)
+
+    penalty = min(PENALTIES, key=validation_error)
     W_train = solve_ridge(XX, XY, penalty)
     more_XX, more_XY = sums_of_products(weather, view, weather.starts["validation"])
     W_test = solve_ridge(XX + more_XX, XY + more_XY, penalty)
@@ -366,9 +363,9 @@ def sums_of_products(weather, view, starts):
     anomalies = view.inputs(weather)[:, 0]
     XX = 0.0
     XY = 0.0
-    for part, X in feature_parts(weather, view, starts):
-        XX = XX + X.T @ X
-        XY = XY + X.T @ anomalies[weather.future(part)]
+    for chunk, X in feature_chunks(weather, view, starts):
+        XX += X.T @ X
+        XY += X.T @ anomalies[weather.future(chunk)]
     return XX, XY
 
 
@@ -408,8 +405,7 @@ class Forecaster(nn.Module):
 
 def build_model(config):
     """The untrained forecaster of a checkpoint's config."""
-    sizes = config["sizes"]
-    return Forecaster(config["model"], **sizes)
+    return Forecaster(config["model"], **config["sizes"])
 
 
 def forecast(model, weather, view, W, starts):
@@ -426,26 +422,34 @@ def corrections(model, inputs, past):
     inputs: (N, D); past: the known steps (n, known) of each window, rows of inputs.
     """
     model.eval()
-    parts = []
+    chunks = []
     for steps in torch.from_numpy(past).to(inputs.device).split(512):
         X = inputs[steps.T]  # (known, B, D)
-        parts.append(model(X).cpu())
-    return torch.cat(parts).numpy()
+        chunks.append(model(X).cpu())
+    return torch.cat(chunks).numpy()
 
 
 # --- training -----------------------------------------------------------------------------------
 
 
 def make_config(args, cell, weather, base, data):
-    """What best.pt holds beside what is fitted; a resumed run must have the same."""
-    sizes = {"num_hiddens": args.hidden, "horizon": weather.horizon, "dropout": args.dropout}
-    sizes["num_inputs"] = base.view.inputs(weather).shape[1]
-    config = {"task": "temp", "model": cell, "sizes": sizes, "sha256": data["sha256"]}
-    config["freq"] = args.freq
-    config["date_column"] = args.date_column
-    config["columns"] = weather.columns
-    config["base"] = base.view.kind
-    return config
+    """What best.pt holds beside what is fitted."""
+    sizes = {
+        "num_inputs": base.view.inputs(weather).shape[1],
+        "num_hiddens": args.hidden,
+        "horizon": weather.horizon,
+        "dropout": args.dropout,
+    }
+    return {
+        "task": "temp",
+        "model": cell,
+        "sizes": sizes,
+        "freq": args.freq,
+        "date_column": args.date_column,
+        "columns": weather.columns,
+        "base": base.view.kind,
+        "sha256": data["sha256"],
+    }
 
 
 def train(args, config, weather, base, device):
@@ -465,7 +469,7 @@ def train(args, config, weather, base, device):
     model = build_model(config).to(device)
     optimizer = AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=True)
     schedule = LambdaLR(optimizer, runs.rise_and_fall(min(args.fall_steps, num_steps)))
-    # Validate, test and save the moving average of the weights.
+    # The moving average of the weights is what is validated, tested and saved.
     average = runs.MovingAverage(model, args.average)
     parallel_model = DistributedDataParallel(model) if runs.world_size() > 1 else model
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "average": average}
@@ -493,7 +497,7 @@ def train(args, config, weather, base, device):
         scores = validate(average.module, weather, inputs, residuals, degrees)
         run.end_epoch(scores, score=-scores["validation_mean_error"])
 
-    model.load_state_dict(run.best["weights"])
+    model.load_state_dict(run.best["weights"])  # the average's, after the best epoch
     return run, model
 
 
@@ -524,7 +528,8 @@ def validate(model, weather, inputs, residuals, degrees):
 def test(run, model, weather, base, linear, data):
     """Test a trained structure, write its results; returns the content of metrics.json.
 
-    The band is of the validation errors with `base.W_train`; the forecasts have `base.W_test`.
+    base: what the network corrects; linear: the table's ridge, the same unless --base mean. The
+    band is of the validation errors with `base.W_train`; the forecasts have `base.W_test`.
     """
     validation = weather.starts["validation"]
     guess = forecast(model, weather, base.view, base.W_train, validation)
@@ -534,26 +539,25 @@ def test(run, model, weather, base, linear, data):
     scale = base.view.scale.tolist()
     run.save_best(band=band.tolist(), W=W, coefficients=coefficients, scale=scale)
 
-    guesses = {}
-    baselines = {}
+    forecasts = {}  # {part: {"model" or a baseline: (n, horizon)}}
     for part in ("segments", "daily_origins", "every_step"):
         starts = weather.starts[part]
-        guesses[part] = forecast(model, weather, base.view, base.W_test, starts)
-        baselines[part] = baseline_forecasts(weather, linear, starts)
+        guess = forecast(model, weather, base.view, base.W_test, starts)
+        forecasts[part] = {"model": guess, **baseline_forecasts(weather, linear, starts)}
     entries = {}
     for part in ("segments", "daily_origins"):
         truth = weather.truth(weather.starts[part])
-        entries[part] = part_errors(truth, guesses[part], baselines[part], band)
+        entries[part] = part_errors(truth, forecasts[part], band)
     # One day ahead from every start: what textbooks report for this series.
     truth = weather.truth(weather.starts["every_step"])
     step = weather.steps_a_day - 1
     lead_24h = {"windows": len(truth)}
-    for name, guess in {"model": guesses["every_step"], **baselines["every_step"]}.items():
+    for name, guess in forecasts["every_step"].items():
         lead_24h[name] = mean_error(truth[:, step], guess[:, step])
     split = {part: len(weather.starts[part]) for part in ("train", "validation")}
     split["test"] = len(weather.starts["daily_origins"])  # the segments are among them
     metrics = run.write_metrics(data, split, entries, lead_24h=lead_24h)
-    write_predictions(run.folder / "predictions.csv", weather, guesses["segments"], band)
+    write_predictions(run.folder / "predictions.csv", weather, forecasts["segments"]["model"], band)
 
     title = model_title(metrics["model"], base.view.kind)
     print(f"\nabsolute errors, degC, on the test years{runs.stamp(data)}, epoch "
@@ -564,7 +568,7 @@ def test(run, model, weather, base, linear, data):
         print(f"{part}: {entry['windows']} windows, {entry['coverage_80']:.1%} in the 80 % band")
     print(f"24 hours ahead, from every step: mean error {lead_24h['model']:.3f}, linear "
           f"{lead_24h['linear']:.3f}\n")  # fmt: skip
-    draw(run, weather, guesses, baselines, band, f"{title}{runs.stamp(data)}")
+    draw(run, weather, forecasts, band, f"{title}{runs.stamp(data)}")
     print(f"results in {run.folder}: open forecasts.png and lead_time.png; forecast with")
     print(f'  python temp_forecast.py --checkpoint "{run.folder}/best.pt" --predict recent.csv')
     return metrics
@@ -572,33 +576,38 @@ def test(run, model, weather, base, linear, data):
 
 def baseline_forecasts(weather, linear, starts):
     """The baselines' forecasts {name: (n, horizon)}, degC, for windows that begin at starts."""
-    known = weather.values[weather.past(starts), 0]  # (n, known)
-    last_step = known[:, -1:]
-    last_day = known[:, -weather.steps_a_day :]
-    forecasts = {}
-    forecasts["persistence"] = np.repeat(last_step, weather.horizon, axis=1)
-    forecasts["seasonal_naive"] = np.tile(last_day, HORIZON_DAYS)
-    forecasts["climatology"] = base_forecast(weather, linear.view, None, starts)
-    forecasts["linear"] = base_forecast(weather, linear.view, linear.W_test, starts)
-    return forecasts
+    target = weather.values[weather.past(starts), 0]  # (n, known)
+    last_step = target[:, -1:]
+    last_day = target[:, -weather.steps_a_day :]
+    return {
+        "persistence": np.repeat(last_step, weather.horizon, axis=1),
+        "seasonal_naive": np.tile(last_day, HORIZON_DAYS),
+        "climatology": base_forecast(weather, linear.view, None, starts),
+        "linear": base_forecast(weather, linear.view, linear.W_test, starts),
+    }
 
 
-def part_errors(truth, guess, baselines, band):
-    """The entry of one part in metrics.json: errors, coverage of the band, baselines."""
+def part_errors(truth, forecasts, band):
+    """The entry of one part in metrics.json: errors, coverage of the band, baselines.
+
+    forecasts: {"model" or a baseline: (n, horizon)}.
+    """
+    errors = {}
+    for name, guess in forecasts.items():
+        errors[name] = {
+            "mean_error": mean_error(truth, guess),
+            "median_error": median_error(truth, guess),
+        }
     low, high = band
-    error = truth - guess
+    error = truth - forecasts["model"]
     is_inside = (low <= error) & (error <= high)
-    entry = {"windows": len(truth)}
-    entry["mean_error"] = mean_error(truth, guess)
-    entry["median_error"] = median_error(truth, guess)
-    entry["rmse"] = rmse(truth, guess)
-    entry["coverage_80"] = float(is_inside.mean())
-    entry["baselines"] = {}
-    for name, baseline in baselines.items():
-        errors = {"mean_error": mean_error(truth, baseline)}
-        errors["median_error"] = median_error(truth, baseline)
-        entry["baselines"][name] = errors
-    return entry
+    return {
+        "windows": len(truth),
+        **errors.pop("model"),
+        "rmse": rmse(truth, forecasts["model"]),
+        "coverage_80": float(is_inside.mean()),
+        "baselines": errors,
+    }
 
 
 def model_title(cell, kind):
@@ -631,16 +640,17 @@ def write_predictions(path, weather, guess, band):
     """Write each forecast step of the test segments: stamp, hours ahead, truth, forecast, band."""
     starts = weather.starts["segments"]
     times = weather.index[weather.future(starts).ravel()]
-    table = pd.DataFrame()
     numbers = np.arange(len(starts)) + 1
-    table["segment"] = np.repeat(numbers, weather.horizon)
-    table["Date Time"] = times.strftime(STAMP)
-    table["hours ahead"] = np.tile(lead_hours(weather), len(starts))
-    table[weather.columns[0]] = weather.truth(starts).ravel()
-    table["forecast (degC)"] = guess.ravel()
-    table["low 10 % (degC)"] = (guess + band[0]).ravel()
-    table["high 90 % (degC)"] = (guess + band[1]).ravel()
-    write_csv(path, table.round(3))
+    table = {
+        "segment": np.repeat(numbers, weather.horizon),
+        "Date Time": times.strftime(STAMP),
+        "hours ahead": np.tile(lead_hours(weather), len(starts)),
+        weather.columns[0]: weather.truth(starts).ravel(),
+        "forecast (degC)": guess.ravel(),
+        "low 10 % (degC)": (guess + band[0]).ravel(),
+        "high 90 % (degC)": (guess + band[1]).ravel(),
+    }
+    write_csv(path, pd.DataFrame(table).round(3))
 
 
 def lead_hours(weather):
@@ -648,27 +658,27 @@ def lead_hours(weather):
     return (np.arange(weather.horizon) + 1) * (24 // weather.steps_a_day)
 
 
-def draw(run, weather, guesses, baselines, band, title):
+def draw(run, weather, forecasts, band, title):
     """Draw the curves, six test segments from the best to the worst, and the error by lead time."""
     history = pd.DataFrame(run.history)
-    curves = {"train": history["train_mean_error"]}
-    curves["validation"] = history["validation_mean_error"]
+    curves = {part: history[f"{part}_mean_error"] for part in ("train", "validation")}
     plots.draw_curves(run.folder / "curves.png", {f"{title}: mean error, degC": curves})
 
     starts = weather.starts["segments"]
-    errors = np.abs(weather.truth(starts) - guesses["segments"]).mean(axis=1)
+    guess = forecasts["segments"]["model"]
+    errors = np.abs(weather.truth(starts) - guess).mean(axis=1)
     places = np.linspace(0, len(errors) - 1, num=6).astype(int)
     windows = []
     for i in errors.argsort()[places]:
         steps = slice(starts[i], starts[i] + weather.known + weather.horizon)
         truth = weather.values[steps, 0]
-        windows.append((weather.index[steps], truth, guesses["segments"][i]))
+        windows.append((weather.index[steps], truth, guess[i]))
     heading = f"{title}: test segments from the best to the worst"
     plots.draw_forecasts(run.folder / "forecasts.png", windows, band, weather.steps_a_day, heading)
 
     truth = weather.truth(weather.starts["daily_origins"])
-    errors_by_name = {"model": np.abs(truth - guesses["daily_origins"])}
-    for name, guess in baselines["daily_origins"].items():
+    errors_by_name = {}
+    for name, guess in forecasts["daily_origins"].items():
         errors_by_name[name.replace("_", " ")] = np.abs(truth - guess)
     heading = f"error by lead time, {title}"
     plots.draw_lead_time(run.folder / "lead_time.png", lead_hours(weather), errors_by_name, heading)
@@ -700,9 +710,7 @@ def predict(args, device):
     saved = runs.load_checkpoint(args.checkpoint, "temp")
     model = build_model(saved).to(device)
     runs.load_weights(model, saved["weights"], args.checkpoint)
-    coefficients = np.array(saved["coefficients"])
-    scale = np.array(saved["scale"])
-    view = View(saved["base"], coefficients, scale)
+    view = View(saved["base"], np.array(saved["coefficients"]), np.array(saved["scale"]))
     W = None if saved["W"] is None else saved["W"].numpy()
     freq = saved["freq"]
     columns = saved["columns"]
@@ -714,11 +722,10 @@ def predict(args, device):
     datasets.check_columns(series, columns, args.predict)
     known = KNOWN_DAYS * STEPS_A_DAY[freq]
     recent = series.loc[: series[target].last_valid_index(), columns].iloc[-known:]
-    if len(recent) < known or recent.isna().to_numpy().any():
+    if len(recent.dropna()) < known:
         raise UserError(f"{args.predict} does not end with {KNOWN_DAYS} whole days of "
                         f"{', '.join(columns)}; add them")  # fmt: skip
-    horizon = saved["sizes"]["horizon"]
-    index = pd.date_range(recent.index[0], periods=known + horizon, freq=freq)
+    index = pd.date_range(recent.index[0], periods=known + saved["sizes"]["horizon"], freq=freq)
     coming = index[known:]
     values = recent.reindex(index).to_numpy()  # NaN where the future is
     weather = Weather(index, columns, values, STEPS_A_DAY[freq])
@@ -728,12 +735,15 @@ def predict(args, device):
 
     print(f"the last known step begins at {recent.index[-1]:{STAMP}}; the forecast covers "
           f"{coming[0]:{STAMP}} to {coming[-1]:{STAMP}}", file=sys.stderr)  # fmt: skip
-    table = pd.DataFrame()
-    table["Date Time"] = coming.strftime(STAMP)
-    table[target] = guess
-    table["low 10 % (degC)"] = low
-    table["high 90 % (degC)"] = high
-    print(table.to_csv(index=False, float_format="%.2f"), end="")
+    table = {
+        "Date Time": coming.strftime(STAMP),
+        target: guess,
+        "low 10 % (degC)": low,
+        "high 90 % (degC)": high,
+    }
+    # lineterminator: on Windows print adds the \r, and to_csv alone would add another.
+    text = pd.DataFrame(table).to_csv(index=False, float_format="%.2f", lineterminator="\n")
+    print(text, end="")
 
 
 # --- from arguments to results ------------------------------------------------------------------

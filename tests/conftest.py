@@ -52,19 +52,18 @@ def daily_path(tmp_path_factory):
     return path
 
 
-def run_main(script, *arguments, draw=False):
-    """Call a script's main() with these arguments; pictures only if draw is True."""
+def run_main(script, *arguments):
+    """Call a script's main() with these arguments; pictures are drawn, but not saved."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [script.__file__, *map(str, arguments)])
-        if not draw:
-            patch.setattr(plots, "save", lambda figure, path: None)
+        patch.setattr(plots, "save", lambda figure, path: None)
         script.main()
 
 
-def exit_status(script, *arguments, draw=False):
+def exit_status(script, *arguments):
     """The exit status of a script called with these arguments, as a started script ends."""
     try:
-        options.run_script(lambda: run_main(script, *arguments, draw=draw))
+        options.run_script(lambda: run_main(script, *arguments))
     except SystemExit as stop:
         return stop.code
     return 0
@@ -72,13 +71,13 @@ def exit_status(script, *arguments, draw=False):
 
 @pytest.fixture(scope="session", name="run_main")
 def run_main_fixture():
-    """`run_main(script, *arguments, draw=False)`."""
+    """`run_main(script, *arguments)`."""
     return run_main
 
 
 @pytest.fixture(scope="session", name="exit_status")
 def exit_status_fixture():
-    """`exit_status(script, *arguments, draw=False)`."""
+    """`exit_status(script, *arguments)`."""
     return exit_status
 
 

@@ -62,13 +62,6 @@ def new_recurrence(cell):
 # --- shapes -------------------------------------------------------------------------------------
 
 
-@all_cells
-def test_outputs_have_the_shape_T_B_Q(cell):
-    inputs = torch.randn(T, B, D)
-    outputs, _ = CELLS[cell](inputs, init_state(cell, B, h), new_params(cell))
-    assert outputs.shape == (T, B, Q)
-
-
 def test_the_first_state_is_zero():
     zeros = torch.zeros(B, h)
     state = init_state("bi_lstm", B, h)

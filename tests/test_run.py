@@ -24,7 +24,7 @@ def make_run(folder, inputs=2, sha256="0", **changes):
         "optimizer": torch.optim.AdamW(model.parameters(), lr=0.1),
     }
     config = {"task": "text", "model": "rnn", "sha256": sha256}
-    options = {"seed": 0, "epochs": 9, "batch_size": 4, "data": "a.csv", "out": "runs"}
+    options = {"model": "all", "seed": 0, "epochs": 9, "batch_size": 4, "data": "a.csv"}
     args = argparse.Namespace(**{**options, **changes})
     return Run(folder, config, args, parts)
 
@@ -132,13 +132,17 @@ def test_weights_that_are_not_finite_end_a_run(value):
         runs.check_finite(model, epoch=5)
 
 
-def test_the_seconds_per_epoch_are_the_mean(tmp_path, read_json):
+def test_the_metrics_hold_the_mean_of_the_seconds_and_what_they_are_given(tmp_path, read_json):
     run = train(make_run(tmp_path), [1, 2])
     run.history[0]["seconds"] = 1.0
     run.history[1]["seconds"] = 4.0
-    metrics = run.write_metrics(data={}, split={}, test={"f1": 2}, lead=[7])
+    metrics = run.write_metrics(data={"rows": 5}, split={"test": 1}, test={"f1": 2}, lead=[7])
     assert metrics["seconds_per_epoch"] == 2.5
     assert metrics["parameters"] == 3
+    assert metrics["seed"] == 0
+    assert metrics["data"] == {"rows": 5}
+    assert metrics["split"] == {"test": 1}
+    assert metrics["test"] == {"f1": 2}
     assert metrics["lead"] == [7]
     assert metrics == read_json(tmp_path / "metrics.json")
 
@@ -164,18 +168,6 @@ def test_a_result_that_cannot_be_removed_is_named(tmp_path):
         make_run(tmp_path).clear()
 
 
-def test_a_resumed_run_ends_like_one_left_alone_to_the_last_bit(tmp_path):
-    alone = train(make_run(tmp_path / "alone"), [2, 1, 3])
-    train(make_run(tmp_path / "resumed"), [2, 1])
-    resumed = make_run(tmp_path / "resumed")
-    resumed.restore()
-    assert resumed.best["epoch"] == 1
-    train(resumed, [2, 1, 3])
-    assert [record["epoch"] for record in resumed.history] == [1, 2, 3]
-    assert_equal(resumed.best["weights"], alone.best["weights"])
-    assert_equal(resumed.parts["model"].state_dict(), alone.parts["model"].state_dict())
-
-
 @pytest.fixture
 def trained(tmp_path):
     """A folder with a run of two epochs."""
@@ -184,7 +176,7 @@ def trained(tmp_path):
 
 
 def test_paths_may_change_before_a_run_is_resumed(trained):
-    run = make_run(trained, data="b.csv", out="elsewhere", resume=True, device="cpu")
+    run = make_run(trained, model="rnn", data="b.csv", out="b", resume=True, device="cpu")
     run.restore()
     assert len(run.history) == 2
 

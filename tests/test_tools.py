@@ -103,15 +103,3 @@ def test_what_is_kept_for_the_backward_pass_counts_once():
 
     megabytes = bench.kept_megabytes(square_of_a_part, torch.ones(500_000, requires_grad=True))
     assert megabytes == 2  # 500,000 numbers of four bytes
-
-
-def test_the_speed_table_has_a_line_for_each_cell(monkeypatch, capsys, run_main):
-    times = {"ours": 2, "torch": 4, "loop": 16}
-    monkeypatch.setattr(bench, "SHAPES", [SHAPE])
-    monkeypatch.setattr(bench, "measure", lambda step, functions, inputs, rounds: times)
-    monkeypatch.setattr(bench, "kept_megabytes", lambda function, inputs: 3)
-    run_main(bench, "--threads", torch.get_num_threads())
-    output = capsys.readouterr().out
-    numbers = "2.00 | 4.00 | 16.00 | 0.50"
-    assert f"| 3, 2, 4, 5 | bi_lstm | {numbers} | {numbers} | 3.0 | 3.0 | 3.0 |\n" in output
-    assert "inference, ours/torch: geometric mean 0.50, largest 0.50" in output
