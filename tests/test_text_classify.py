@@ -311,13 +311,24 @@ def predict(run_main, capsys):
 
 
 @pytest.fixture
-def predict_rows(reviews_path, predict):
-    """`predict_rows(first, *checkpoints)`: every fifth review, each classified alone."""
+def predict_lines(predict, monkeypatch):
+    """`predict_lines(texts, *checkpoints)`: the same for lines of the standard input."""
+
+    def predict_lines(texts, *checkpoints):
+        stdin = io.BytesIO("\n".join(texts).encode("utf-16"))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(stdin))
+        return predict("-", *checkpoints)
+
+    return predict_lines
+
+
+@pytest.fixture
+def predict_rows(reviews_path, predict_lines):
+    """`predict_rows(first, *checkpoints)`: every fifth review, and its label."""
 
     def predict_rows(first, *checkpoints):
         reviews = pd.read_csv(reviews_path)[first::5]
-        answers = [predict(text, *checkpoints) for text in reviews.review]
-        table = pd.concat(answers, ignore_index=True)
+        table = predict_lines(reviews.review, *checkpoints)
         table["label"] = reviews.cat.array
         return table
 
@@ -549,14 +560,13 @@ def test_a_fifth_cell_needs_its_loop_and_its_gates(train, predict, tmp_path, mon
 # --- prediction and mistakes --------------------------------------------------------------------
 
 
-def test_the_lines_of_the_input_are_classified(folder, predict, monkeypatch):
-    table = pd.read_csv(folder / "predictions.csv")
-    table = pd.concat([table] * 10, ignore_index=True)  # 300 lines
-    lines = "\n".join(table.text)
-    stdin = io.BytesIO(lines.encode("utf-16"))
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(stdin))
-    answers = predict("-", folder / "best.pt")
-    pd.testing.assert_frame_equal(answers, table[answers.columns], atol=2e-4)
+def test_many_lines_are_classified_like_each_alone(folder, predict, predict_lines):
+    texts = ["很好", "屏幕清晰，运行流畅"] * 150
+    table = predict_lines(texts, folder / "best.pt")
+    first = predict(texts[0], folder / "best.pt")
+    second = predict(texts[1], folder / "best.pt")
+    expected = pd.concat([first, second] * 150, ignore_index=True)
+    pd.testing.assert_frame_equal(table, expected, atol=2e-4)
 
 
 def test_a_tab_in_a_text_does_not_begin_another_column(folder, predict):
