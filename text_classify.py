@@ -41,6 +41,7 @@ PAD = 0  # the id behind a text's end
 UNK = 1  # the id of a token that is not in the vocabulary
 MIN_FREQ = {"word": 2, "char": 2, "pair": 20}  # rarer tokens are UNK
 MAX_TOKENS = 256  # longer texts are cut
+BLANKS = "\ufeff \t\r\n\u3000"  # stripped from both ends of a text; some reviews begin with \ufeff
 CURVE_ROWS = 5000  # training rows, at most, on which the curves' training loss is measured
 REACH = 40  # tokens over which the gradient's reach is measured
 PRESETS = {"lab": {  # the plain setting of the lab
@@ -108,7 +109,7 @@ def read_reviews(args):
     frame, data = datasets.load(datasets.REVIEWS, args.data)
     path = data["path"]
     datasets.check_columns(frame, [args.text_column, args.label_column], path)
-    texts = frame[args.text_column].astype(str).str.strip()
+    texts = frame[args.text_column].astype(str).str.strip(BLANKS)
     names = frame[args.label_column].astype(str).str.strip()
     is_usable = (texts != "") & (names != "")
     parts = part_of_each_row(names, args.split)
@@ -577,7 +578,7 @@ def predict(args, device):
         sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     texts = read_lines() if args.predict == "-" else [args.predict]
     for first in range(0, len(texts), 256):
-        batch = [text.strip() for text in texts[first : first + 256]]
+        batch = [text.strip(BLANKS) for text in texts[first : first + 256]]
         cuts = cut_words(batch)
         p = [classify_cuts(cuts, model, config, device) for model, config in classifiers]
         highest, predicted = torch.stack(p).mean(dim=0).max(dim=1)

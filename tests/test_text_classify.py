@@ -58,7 +58,7 @@ def test_a_stratified_split_takes_70_15_and_15_percent_of_each_class_at_random(r
 
 def test_rows_without_text_or_label_are_left_out_and_counted(read, capsys):
     labels = list("a b" + "a" * 22)
-    texts = ["\u3000 \t"] + ["很好"] * 24
+    texts = ["\ufeff\u3000 \t"] + ["很好"] * 24
     split = read(labels, texts).split
     assert split["train"][:3].tolist() == [2, 5, 6]
     assert "(13 train, 5 validation, 5 test; 2 empty left out)" in capsys.readouterr().out
