@@ -462,11 +462,12 @@ def test_scores(reviews, p):
 
 def print_scores(scores, title):
     """Print precision, recall, F1 and support of each class and of their averages."""
-    frame = pd.DataFrame.from_dict(scores["per_class"], orient="index")
-    support = frame["support"].sum()
+    rows = dict(scores["per_class"])
+    support = sum(row["support"] for row in rows.values())
     for average in ("macro", "weighted"):
-        values = [scores[f"{name}_{average}"] for name in ("precision", "recall", "f1")]
-        frame.loc[f"{average} average"] = [*values, support]
+        row = {name: scores[f"{name}_{average}"] for name in ("precision", "recall", "f1")}
+        rows[f"{average} average"] = {**row, "support": support}
+    frame = pd.DataFrame.from_dict(rows, orient="index")
     with pd.option_context("display.unicode.east_asian_width", True):
         print(f"\n{title}\n{frame.to_string(float_format='{:.4f}'.format)}")
     print(f"accuracy {scores['accuracy']:.4f}\n")

@@ -357,7 +357,8 @@ def test_the_scores_are_those_of_the_predictions(folder, read_json):
     expected = scores_by_class(table)
     by_class = pd.DataFrame(scores["per_class"]).T
     pd.testing.assert_frame_equal(by_class, expected, check_dtype=False)
-    assert scores["accuracy"] == (table.label == table.predicted).mean()
+    accuracy = (table.label == table.predicted).mean()
+    assert scores["accuracy"] == pytest.approx(accuracy)
     for name in ("precision", "recall", "f1"):
         weighted = np.average(expected[name], weights=expected.support)
         assert scores[f"{name}_macro"] == pytest.approx(expected[name].mean())
@@ -387,7 +388,8 @@ def test_the_saved_epoch_has_the_best_validation_score(folder, predict_rows, rea
     table = predict_rows(3, folder / "best.pt")
     f1 = scores_by_class(table).f1.mean()
     assert history.validation_f1_macro[best] == pytest.approx(f1)
-    assert history.validation_accuracy[best] == (table.label == table.predicted).mean()
+    accuracy = (table.label == table.predicted).mean()
+    assert history.validation_accuracy[best] == pytest.approx(accuracy)
     assert read_json(folder / "metrics.json")["best_epoch"] == best + 1
 
 
