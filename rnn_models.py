@@ -92,18 +92,15 @@ def bi_lstm(inputs, state, params, lengths=None):
     return Y, (state_f, state_b)
 
 
-def hidden_states(loop, inputs, state, weights, width, lengths=None):
+def hidden_states(loop, inputs, state, weights, width):
     """The hidden states (T, B, width) that a cell's loop goes through, and its last state.
 
     A loop shows its states only in Y = H W_hq + b_q; with W_hq the identity and b_q zero, Y is H.
-    width: h, or 2h for "bi_lstm"; lengths: for "bi_lstm" alone.
+    width: h, or 2h for "bi_lstm".
     """
     identity = torch.eye(width, dtype=weights[0].dtype, device=inputs.device)
     zero = torch.zeros(width, dtype=weights[0].dtype, device=inputs.device)
-    params = [*weights, identity, zero]
-    if lengths is None:
-        return loop(inputs, state, params)
-    return loop(inputs, state, params, lengths)
+    return loop(inputs, state, [*weights, identity, zero])
 
 
 def reverse(sequences, lengths=None):
@@ -119,10 +116,11 @@ def reverse(sequences, lengths=None):
 # fmt: on
 # --- parameters ---------------------------------------------------------------------------------
 
-# A new cell is a function above and an entry in both tables; `--model` then offers it.
+# A new cell is a function above and an entry in both tables; `--model` then offers it. A name that
+# begins with "bi_" has the gates of both directions, and its function takes `lengths`.
 CELLS = {"rnn": rnn, "gru": gru, "lstm": lstm, "bi_lstm": bi_lstm}
-# The gates in the order of the parameter list; each has W_x*, W_h* and b_*. A cell with a gate "c"
-# has a memory C beside its state H. A name that begins with "bi_" has everything twice.
+# The gates and the candidate (h or c), in the order of the parameter list; each has W_x*, W_h* and
+# b_*. A cell with a candidate "c" has a memory C beside its state H.
 GATES = {"rnn": "h", "gru": "zrh", "lstm": "ifoc", "bi_lstm": "ifoc"}
 
 
@@ -150,7 +148,7 @@ def init_params(cell, num_inputs, num_hiddens, num_outputs, device=None):
     """A cell's parameters, a list of leaf tensors that require gradients, in the order of its loop.
 
     W_x* (D, h) and W_hq (h, Q), (2h, Q) for "bi_lstm", are uniform in +-1/sqrt(h);
-    W_h* (h, h) are orthogonal, which keeps a state's length over many steps (Saxe et al. 2014);
+    W_h* (h, h) are orthogonal: H W_h is as long as H (Saxe et al. 2014);
     biases (h,) and (Q,) are 0, the forget gate's 1 (Jozefowicz et al. 2015).
     Drawn on the CPU: the same seed gives the same parameters on every device.
     Raises ValueError for an unknown cell or a size below 1.
@@ -176,12 +174,11 @@ def init_state(cell, batch_size, num_hiddens, device=None, dtype=None):
 
     Raises ValueError for an unknown cell.
     """
-    states = []
-    for _ in range(num_directions(cell)):
-        num_tensors = 2 if "c" in GATES[cell] else 1  # H and C, or H
-        zeros = torch.zeros(num_tensors, batch_size, num_hiddens, device=device, dtype=dtype)
-        states.append(tuple(zeros))
-    return tuple(states) if len(states) == 2 else states[0]
+    directions = num_directions(cell)
+    num_tensors = 2 if "c" in GATES[cell] else 1  # H and C, or H
+    shape = (directions, num_tensors, batch_size, num_hiddens)
+    states = [tuple(tensors) for tensors in torch.zeros(shape, device=device, dtype=dtype)]
+    return tuple(states) if directions == 2 else states[0]
 
 
 def grad_clipping(params, theta):
@@ -196,7 +193,7 @@ def grad_clipping(params, theta):
     if not grads:
         return torch.zeros(())
     norm = torch.stack([torch.linalg.vector_norm(grad) for grad in grads]).norm()
-    factor = (theta / norm).clamp(max=1.0)  # without `if norm > theta`, for which a GPU would wait
+    factor = (theta / norm).clamp(max=1.0)  # `if norm > theta` would wait for the GPU
     for grad in grads:
         grad *= factor
     return norm
@@ -208,9 +205,10 @@ def grad_clipping(params, theta):
 class Recurrence(nn.Module):
     """A cell with its parameters registered under their names; starts from the zero state.
 
-    The loop above is the definition. `bptt` has a faster form of the four cells, with gradients
-    derived by hand; it runs only as long as it gives the loop's numbers (`fast_form_agrees`).
-    Models take the hidden states H from it, so Y = H W_hq + b_q is computed by `output`.
+    The loop above defines the hidden states. `bptt` has a faster form of the four cells, with
+    gradients derived by hand; it runs only as long as it gives the loop's numbers
+    (`fast_form_agrees`). Models take H, pool it and apply `output`, which repeats the loop's last
+    line: whoever changes Y = H @ W_hq + b_q must change `output`, too.
     """
 
     def __init__(self, cell, num_inputs, num_hiddens, num_outputs):
@@ -231,7 +229,8 @@ class Recurrence(nn.Module):
     def forward(self, inputs, lengths=None):
         """Hidden states (T, B, h), (T, B, 2h) for "bi_lstm", of inputs (T, B, D).
 
-        lengths (B,) as in `bi_lstm`. Raises ValueError for inputs without a step.
+        lengths (B,) as in `bi_lstm`; a cell of one direction does not need them.
+        Raises ValueError for inputs without a step.
         """
         if len(inputs) == 0:
             raise ValueError("inputs (T, B, D) must have at least one step, not T = 0")
@@ -251,16 +250,18 @@ def loop_states(cell, inputs, state, weights, lengths=None):
 
     weights: the parameter list without W_hq and b_q.
     """
+    loop = CELLS[cell]
     directions = num_directions(cell)
+    if directions == 2:  # in one direction, padding comes after the steps that count
+        loop = partial(loop, lengths=lengths)
     h = len(weights[1])  # W_h* is (h, h)
-    if directions == 1:
-        lengths = None  # padding comes after the steps that count
-    states, _ = hidden_states(CELLS[cell], inputs, state, weights, directions * h, lengths)
+    states, _ = hidden_states(loop, inputs, state, weights, directions * h)
     return states
 
 
 def fast_states(cell, inputs, state, weights, lengths=None):
-    """What `loop_states` gives, by `bptt`, which takes the directions side by side."""
+    """What `loop_states` gives, by `bptt`: the directions side by side, in the precision of the
+    parameters."""
     if num_directions(cell) == 1:
         return bptt.hidden_states(cell, inputs[None], [state], weights)[0]
     both_inputs = torch.stack([inputs, reverse(inputs, lengths)])  # (2, T, B, D)
@@ -268,13 +269,14 @@ def fast_states(cell, inputs, state, weights, lengths=None):
     return torch.cat([H, reverse(H_b, lengths)], dim=2)
 
 
-@torch.enable_grad()
+@torch.inference_mode(False)  # with gradients, wherever a model is built
 def fast_form_agrees(cell):
     """Whether `bptt` has a form of this cell that gives the loop's numbers and gradients.
 
     Compares the hidden states of both, and the gradients of a random sum of them, for small random
-    inputs and parameters, in double precision. Where they differ, or there is no fast form, a line
-    on stderr says that the loop runs.
+    inputs and parameters, on the CPU in double precision (`tests/test_bptt.py` compares them in
+    single precision). Where they differ, or there is no fast form, a line on stderr says that the
+    loop runs.
     """
     if bptt.NUM_GATES.get(cell) != len(GATES[cell]):  # a new cell, or one with another gate
         print(f"{cell}: no fast form in support/bptt.py; the loop runs", file=sys.stderr)
@@ -318,8 +320,8 @@ POOLS = ("last", "mean", "max")
 
 
 def pool_states(states, lengths, pool, bidirectional=False):
-    """One vector a sequence (B, width) from its states (T, B, width), without the padding behind
-    lengths; width is h, or 2h where the states are those of both directions.
+    """One vector a sequence (B, width) from its states (T, B, width); the steps after its length do
+    not count. lengths (B,), each at least 1; width: h, or 2h if bidirectional.
 
     "last" is the state that has read everything: at the sequence's end, and for the backward half
     of a bidirectional cell at its beginning. "mean" and "max" go over all steps.
@@ -329,7 +331,7 @@ def pool_states(states, lengths, pool, bidirectional=False):
         raise ValueError(f"pool must be one of {', '.join(POOLS)}, not {pool!r}")
     T, B, width = states.shape
     if pool == "last":
-        last = states[lengths - 1, torch.arange(B, device=states.device)]  # (B, h)
+        last = states[lengths - 1, torch.arange(B, device=states.device)]  # (B, width)
         if not bidirectional:
             return last
         half = width // 2

@@ -1,30 +1,33 @@
 """Back-propagation through time by hand (Werbos 1990): RNN, GRU and LSTM with derived gradients.
 
 `hidden_states` computes what the loops of `rnn_models` compute, but autograd sees one node:
-`forward` runs the recurrence, `backward` goes from the last step to the first. Everything that
-needs no other step stands outside the loop: one product of all inputs with W_x before it, one for
-each weight's gradient after it.
+`forward` runs the recurrence, `backward` goes from the last step to the first. The large products
+that need no other step stand outside the loop: that of all inputs with W_x before it, those for the
+gradients of the weights after it.
 
 G directions side by side, T steps, B sequences, D inputs, h units. X is a step's input, H its
 state, H_prev the state before. dV is the gradient of the loss with respect to V, dY the part of dH
 that does not come from the next step, A the sum inside a gate, s the logistic sigmoid, * the
 elementwise product.
 W_x, W_h and b hold all gates side by side, the LSTM's for example W_x = [W_xi W_xf W_xo W_xc]. The
-gates' values lie so, too: IFO is [I F O], and to write it is to write I, F and O.
+gates' values lie so, too: I, F, O and IFO = [I F O] are views of the same memory, so to write IFO
+is to write I, F and O. dI, dF and dO lie where dA_ifo lies: they are written first, and
+`sigmoid_backward` turns them into dA_i, dA_f and dA_o in place.
 """
 
 import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-# S = s(A) gives dA = dS * S * (1 - S), S = tanh(A) gives dA = dS * (1 - S^2): (dS, S) -> dA
+# S = s(A) gives dA = dS * S * (1 - S), S = tanh(A) gives dA = dS * (1 - S^2): (dS, S) -> dA.
+# `.grad_input` is the variant that writes dA into the tensor given as grad_input.
 sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
 tanh_backward = torch.ops.aten.tanh_backward.grad_input
 MINUS_ONE = torch.tensor(-1.0)
 
 
 def tanh(A, out):
-    """tanh(A); float32 on the CPU as 2 s(2A) - 1, to 1e-7, because that is faster there."""
+    """tanh(A); float32 on the CPU as 2 s(2A) - 1, faster there, with errors below 2e-7."""
     if A.is_cpu and A.dtype == torch.float32:
         torch.sigmoid(A + A, out=out)
         return torch.add(MINUS_ONE, out, alpha=2, out=out)  # -1 + 2 out, in one pass
@@ -91,7 +94,7 @@ class RNN(Function):
         dX, dW_x, db = input_gradients(inputs, W_x, dA_all)
         # dW_h = sum of H_prev^T dA
         dW_h = sum_of_products(before(H_0, states), dA_all)
-        return dX, dW_x, dW_h, db, dH
+        return dX, dW_x, dW_h, db, dH  # now that of H_0
 
 
 class GRU(Function):
@@ -156,7 +159,7 @@ class GRU(Function):
         dW_hzr = sum_of_products(H_before, dA_zr_all)
         dW_hh = sum_of_products(R_all * H_before, dA_all[..., 2 * h :])
         dW_h = torch.cat([dW_hzr, dW_hh], dim=2)
-        return dX, dW_x, dW_h, db, dH
+        return dX, dW_x, dW_h, db, dH  # now that of H_0
 
 
 class LSTM(Function):
@@ -181,7 +184,7 @@ class LSTM(Function):
             A, IFO, I, F, O, C_tilde = sums[t]
             H_new, C_new, tanh_C = results[t]
             # I = s(X W_xi + H_prev W_hi + b_i), F and O likewise
-            # In place only where A is one block of memory; two directions have a gap between them.
+            # In place is faster where A is one block; two directions have a gap between them.
             A_new = A.baddbmm_(H, W_h) if G == 1 else torch.baddbmm(A, H, W_h)  # (G, B, 4h)
             torch.sigmoid(A_new[..., : 3 * h], out=IFO)
             # C~ = tanh(X W_xc + H_prev W_hc + b_c)
@@ -211,7 +214,7 @@ class LSTM(Function):
             dY, dA, dA_ifo, dI, dF, dO, dA_c = gradients[t]
             # dH = dY + dH;  dC = dC + dH * O * (1 - tanh(C)^2)
             dH = dY + dH
-            through_H = tanh_backward(dH * O, tanh_C, grad_input=dA_c)  # dA_c is free until below
+            through_H = tanh_backward(dH * O, tanh_C, grad_input=dA_c)  # borrows dA_c's memory
             dC = dC + through_H
             # dI = dC * C~;  dF = dC * C_prev;  dO = dH * tanh(C)
             torch.mul(dC, C_tilde, out=dI)
@@ -228,26 +231,27 @@ class LSTM(Function):
         dX, dW_x, db = input_gradients(inputs, W_x, dA_all)
         # dW_h = sum of H_prev^T dA
         dW_h = sum_of_products(before(H_0, states), dA_all)
-        return dX, dW_x, dW_h, db, dH, dC
+        return dX, dW_x, dW_h, db, dH, dC  # now those of H_0 and C_0
 
 
 FORMS = {"rnn": RNN, "gru": GRU, "lstm": LSTM, "bi_lstm": LSTM}
 NUM_GATES = {"rnn": 1, "gru": 3, "lstm": 4, "bi_lstm": 4}
 
 
-def hidden_states(cell, inputs, states, weights):
+def hidden_states(cell, inputs, first_states, weights):
     """Hidden states (G, T, B, h) of inputs (G, T, B, D), by the fast form of a cell.
 
-    states: for each direction its first state, (H,) or (H, C) of (B, h); weights: the parameters of
-    the cell's loop without W_hq and b_q. Computes in the precision of the parameters, under
+    first_states: of each direction, (H,) or (H, C) of (B, h); weights: the parameters of the cell's
+    loop without W_hq and b_q. Computes in the precision of the parameters, under
     autocast too. Raises KeyError for a cell without a fast form.
     """
     form = FORMS[cell]
     W_x = side_by_side(weights[0::3], NUM_GATES[cell])  # (G, D, gates * h)
     W_h = side_by_side(weights[1::3], NUM_GATES[cell])  # (G, h, gates * h)
     b = side_by_side(weights[2::3], NUM_GATES[cell])  # (G, gates * h)
-    first_state = [torch.stack(tensors) for tensors in zip(*states, strict=True)]  # (G, B, h) each
-    tensors = [tensor.to(b.dtype) for tensor in (inputs, W_x, W_h, b, *first_state)]
+    # H_0, and for the LSTM C_0, of (G, B, h)
+    H_0_and_C_0 = [torch.stack(tensors) for tensors in zip(*first_states, strict=True)]
+    tensors = [tensor.to(b.dtype) for tensor in (inputs, W_x, W_h, b, *H_0_and_C_0)]
     with torch.autocast(inputs.device.type, enabled=False):
         return form.apply(*tensors)
 

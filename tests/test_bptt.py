@@ -73,7 +73,7 @@ def test_gradients_are_finite_differences_from_any_first_state(cell):
 
     def states_of(inputs, H, C, *weights):
         state = (H, C) if cell == "lstm" else (H,)
-        return bptt.hidden_states(cell, inputs=inputs, states=[state], weights=weights)
+        return bptt.hidden_states(cell, inputs=inputs, first_states=[state], weights=weights)
 
     assert gradcheck(states_of, [inputs, H, C, *weights])
 

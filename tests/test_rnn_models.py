@@ -411,6 +411,11 @@ def test_unedited_cells_use_the_fast_form_and_print_nothing(cell, capsys):
     assert capsys.readouterr() == ("", "")
 
 
+def test_the_fast_form_is_recognised_where_no_gradients_are_recorded():
+    with torch.inference_mode():
+        assert new_recurrence("rnn").use_fast_form
+
+
 def assert_one_line_on_stderr(capsys, cell):
     printed = capsys.readouterr()
     assert printed.out == ""
