@@ -131,8 +131,9 @@ def draw_lead_time(path, hours, errors, title):
     """Mean and median error by hours ahead; errors {name: (n, horizon) absolute errors, degC}."""
     figure = new_figure(10.4, 3.8)
     mean_axes, median_axes = figure.subplots(1, 2)
-    mean_axes.set_title(f"mean {title}")
-    median_axes.set_title(f"median {title}")
+    figure.suptitle(title)
+    mean_axes.set_title("mean", fontsize=10)
+    median_axes.set_title("median", fontsize=10)
     for name, values in reversed(errors.items()):  # the model, first, is drawn on top
         means = values.mean(axis=0)
         medians = np.median(values, axis=0)
