@@ -269,7 +269,7 @@ def fast_states(cell, inputs, state, weights, lengths=None):
     return torch.cat([H, reverse(H_b, lengths)], dim=2)
 
 
-@torch.inference_mode(False)  # with gradients, wherever a model is built
+@torch.inference_mode(False)  # with gradients, even under no_grad or inference_mode
 def fast_form_agrees(cell):
     """Whether `bptt` has a form of this cell that gives the loop's numbers and gradients.
 

@@ -100,8 +100,8 @@ def read_series(frame, path, freq, date_column, target):
     is_text = (raw[target].notna() & numbers[target].isna()).to_numpy()
     if is_text.mean() > 0.5:
         row = is_text.argmax()
-        raise UserError(f"{path}: {raw[target].iloc[row]!r} in row {row + 1} is no temperature, "
-                        f"nor is most of {target}; name another --target")  # fmt: skip
+        raise UserError(f"{path}: most of {target} is no number, for example "
+                        f"{raw[target].iloc[row]!r} in row {row + 1}; correct it")  # fmt: skip
     values = numbers.mask((numbers <= -999) | np.isinf(numbers))
     values.index = read_stamps(frame[date_column], path)
     series = values.sort_index(kind="stable").resample(freq).first()
@@ -293,8 +293,8 @@ def fit_view(kind, weather):
 def linear_features(windows, steps_a_day):
     """(n, F) features of the ridge regression from the known steps (n, known, C + 4) of the inputs.
 
-    v: the target at every step; the daily means and the last day's steps of all columns; a 1. Then
-    v times sine and cosine of the year and of the day at the last known step, so that
+    v: the target at every step; the daily means and the last day's steps of all columns; a 1.
+    Beside v, v times the sine and cosine of the year and of the day at the last known step, so that
     the weights change with season and hour.
     """
     n = len(windows)
@@ -469,7 +469,7 @@ def train(args, config, weather, base, device):
     model = build_model(config).to(device)
     optimizer = AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=True)
     schedule = LambdaLR(optimizer, runs.rise_and_fall(min(args.fall_steps, num_steps)))
-    # The moving average of the weights is what is validated, tested and saved.
+    # Validation, test and best.pt use the moving average of the weights.
     average = runs.MovingAverage(model, args.average)
     parallel_model = DistributedDataParallel(model) if runs.world_size() > 1 else model
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "average": average}
@@ -497,7 +497,7 @@ def train(args, config, weather, base, device):
         scores = validate(average.module, weather, inputs, residuals, degrees)
         run.end_epoch(scores, score=-scores["validation_mean_error"])
 
-    model.load_state_dict(run.best["weights"])  # the average's, after the best epoch
+    model.load_state_dict(run.best["weights"])  # the moving average after the best epoch
     return run, model
 
 
@@ -598,12 +598,13 @@ def part_errors(truth, forecasts, band):
             "mean_error": mean_error(truth, guess),
             "median_error": median_error(truth, guess),
         }
+    model_errors = errors.pop("model")  # what is left are the baselines
     low, high = band
     error = truth - forecasts["model"]
     is_inside = (low <= error) & (error <= high)
     return {
         "windows": len(truth),
-        **errors.pop("model"),
+        **model_errors,
         "rmse": rmse(truth, forecasts["model"]),
         "coverage_80": float(is_inside.mean()),
         "baselines": errors,

@@ -245,6 +245,7 @@ class Corpus:
         texts = [self.texts[row][:MAX_TOKENS] for row in rows.tolist()]
         tokens = pad_sequence(texts, padding_value=PAD)
         batch = (tokens, self.lengths[rows], self.labels[rows])
+        # non_blocking: a GPU's earlier steps are not waited for.
         return [part.to(self.device, non_blocking=True) for part in batch]
 
 
@@ -274,7 +275,6 @@ class TextClassifier(nn.Module):
         """
         super().__init__()
         self.pool = pool
-        self.num_classes = num_classes
         self.embeddings = nn.ModuleList()
         for size in vocab_sizes:
             embedding = nn.Embedding(size, num_inputs)
@@ -360,7 +360,7 @@ def train(args, config, reviews, corpus):
     curve_rows = train_rows[:: len(train_rows) // CURVE_ROWS + 1]  # every n-th
     optimizer = AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=True)
     schedule = LambdaLR(optimizer, runs.rise_and_fall(min(args.fall_steps, num_steps)))
-    # The moving average of the weights is what is validated, tested and saved.
+    # Validation, test and best.pt use the moving average of the weights.
     average = runs.MovingAverage(model, args.average)
     parallel_model = DistributedDataParallel(model) if runs.world_size() > 1 else model
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "average": average}
@@ -384,7 +384,7 @@ def train(args, config, reviews, corpus):
         scores = validate(average.module, corpus, reviews, curve_rows)
         run.end_epoch(scores, score=scores["validation_f1_macro"])
 
-    model.load_state_dict(run.best["weights"])  # the average's, after the best epoch
+    model.load_state_dict(run.best["weights"])  # the moving average after the best epoch
     return run, model
 
 
@@ -392,7 +392,7 @@ def train(args, config, reviews, corpus):
 def probabilities(model, corpus, rows):
     """Class probabilities (n, K) of the texts in rows (n,), in their order, on the CPU."""
     model.eval()
-    by_row = torch.empty(len(corpus.texts), model.num_classes)
+    by_row = torch.empty(len(corpus.texts), len(model.recurrence.b_q))  # (texts, K)
     for batch in corpus.by_length(rows, 128):
         tokens, lengths, _ = corpus.batch(batch)
         by_row[batch] = model(tokens, lengths).softmax(dim=1).cpu()

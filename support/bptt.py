@@ -94,7 +94,7 @@ class RNN(Function):
         dX, dW_x, db = input_gradients(inputs, W_x, dA_all)
         # dW_h = sum of H_prev^T dA
         dW_h = sum_of_products(before(H_0, states), dA_all)
-        return dX, dW_x, dW_h, db, dH  # now that of H_0
+        return dX, dW_x, dW_h, db, dH  # dH now belongs to H_0
 
 
 class GRU(Function):
@@ -159,7 +159,7 @@ class GRU(Function):
         dW_hzr = sum_of_products(H_before, dA_zr_all)
         dW_hh = sum_of_products(R_all * H_before, dA_all[..., 2 * h :])
         dW_h = torch.cat([dW_hzr, dW_hh], dim=2)
-        return dX, dW_x, dW_h, db, dH  # now that of H_0
+        return dX, dW_x, dW_h, db, dH  # dH now belongs to H_0
 
 
 class LSTM(Function):
@@ -231,7 +231,7 @@ class LSTM(Function):
         dX, dW_x, db = input_gradients(inputs, W_x, dA_all)
         # dW_h = sum of H_prev^T dA
         dW_h = sum_of_products(before(H_0, states), dA_all)
-        return dX, dW_x, dW_h, db, dH, dC  # now those of H_0 and C_0
+        return dX, dW_x, dW_h, db, dH, dC  # dH now belongs to H_0, dC to C_0
 
 
 FORMS = {"rnn": RNN, "gru": GRU, "lstm": LSTM, "bi_lstm": LSTM}
@@ -242,18 +242,18 @@ def hidden_states(cell, inputs, first_states, weights):
     """Hidden states (G, T, B, h) of inputs (G, T, B, D), by the fast form of a cell.
 
     first_states: of each direction, (H,) or (H, C) of (B, h); weights: the parameters of the cell's
-    loop without W_hq and b_q. Computes in the precision of the parameters, under
-    autocast too. Raises KeyError for a cell without a fast form.
+    loop without W_hq and b_q. Computes in the precision of the parameters, under autocast, too.
+    Raises KeyError for a cell without a fast form.
     """
     form = FORMS[cell]
     W_x = side_by_side(weights[0::3], NUM_GATES[cell])  # (G, D, gates * h)
     W_h = side_by_side(weights[1::3], NUM_GATES[cell])  # (G, h, gates * h)
     b = side_by_side(weights[2::3], NUM_GATES[cell])  # (G, gates * h)
-    # H_0, and for the LSTM C_0, of (G, B, h)
-    H_0_and_C_0 = [torch.stack(tensors) for tensors in zip(*first_states, strict=True)]
-    tensors = [tensor.to(b.dtype) for tensor in (inputs, W_x, W_h, b, *H_0_and_C_0)]
+    # H_0 and, for the LSTM, C_0: the directions of each stacked, (G, B, h)
+    initial = [torch.stack(directions) for directions in zip(*first_states, strict=True)]
+    arguments = [tensor.to(b.dtype) for tensor in (inputs, W_x, W_h, b, *initial)]
     with torch.autocast(inputs.device.type, enabled=False):
-        return form.apply(*tensors)
+        return form.apply(*arguments)
 
 
 def side_by_side(tensors, num_gates):

@@ -162,9 +162,10 @@ class Run:
         self.history = []
         self.best = None
         self.epoch_start = time.perf_counter()
-        may_change = ("resume", "out", "device", "data", "model")  # the folder is the model's
+        # A resumed run must have the same options and data; the folder is that of one model.
+        may_change = ("resume", "out", "device", "data", "model")
         options = {name: value for name, value in vars(args).items() if name not in may_change}
-        # What a resumed run must have in common with the run that it goes on with.
+        # The path of the data may change, their content may not.
         self.options = {**options, "nproc_per_node": world_size(), "data": config["sha256"]}
 
     def clear(self):
@@ -203,6 +204,8 @@ class Run:
             load_weights(part, last["parts"][name], path)
         self.history = last["history"]
         self.best = last["best"]
+        if is_first():  # a run killed between checkpoint and table left the table an epoch short
+            write_csv(self.folder / "history.csv", pd.DataFrame(self.history))
 
     def epochs(self, limit, patience):
         """Yield the numbers of the epochs to do, each with random numbers of its own.
@@ -275,9 +278,7 @@ class Run:
         save_checkpoint(self.folder / "best.pt", content)
 
     def write_metrics(self, data, split, test, **more):
-        """Write metrics.json, and history.csv again; returns the content of metrics.json."""
-        # A run that was killed between its last checkpoint and its table is completed here.
-        write_csv(self.folder / "history.csv", pd.DataFrame(self.history))
+        """Write metrics.json; returns its content."""
         model = self.parts["model"]
         params = list(model.parameters())
         seconds = [record["seconds"] for record in self.history]

@@ -293,8 +293,8 @@ def trained(train, tmp_path_factory):
 
 @pytest.fixture
 def folder(trained):
-    """The folder of one of them."""
-    return trained / "text_bi_lstm"
+    """The folder of the LSTM, whose best epoch, the third of four, is not its last."""
+    return trained / "text_lstm"
 
 
 @pytest.fixture
@@ -492,16 +492,15 @@ def test_a_second_run_into_the_same_folder_removes_the_results_of_the_first(
 
 
 def test_a_stopped_and_resumed_run_ends_as_if_left_alone(train, outcome, tmp_path, monkeypatch):
-    alone = train(
-        tmp_path / "alone", "bi_lstm", "--epochs 3 --fall-steps 99"
-    )  # the second epoch is the best
+    options = "--epochs 3 --fall-steps 99"  # the first epoch is the best
+    alone = train(tmp_path / "alone", "bi_lstm", options)
     # Two epochs are saved, then the user stops the run while it saves the third.
     effects = [DEFAULT, DEFAULT, KeyboardInterrupt]
     save = Mock(wraps=run.save_checkpoint, side_effect=effects)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(run, "save_checkpoint", save)
-        train(tmp_path / "stopped", "bi_lstm", "--epochs 3 --fall-steps 99")
-    resumed = train(tmp_path / "stopped", "bi_lstm", "--epochs 3 --fall-steps 99 --resume")
+        train(tmp_path / "stopped", "bi_lstm", options)
+    resumed = train(tmp_path / "stopped", "bi_lstm", f"{options} --resume")
     assert outcome(resumed) == outcome(alone)
 
 
