@@ -32,12 +32,14 @@ from metrics import mean_error, median_error, rmse
 from rnn_models import CELLS, Recurrence, grad_clipping, num_directions, pool_states
 from support import datasets, options, plots
 from support.files import UserError, write_csv
+from support.options import count, count_or_0, positive, share
 
 KNOWN_DAYS = 5
 HORIZON_DAYS = 2
 STEPS_A_DAY = {"h": 24, "D": 1}
 STAMP = "%d.%m.%Y %H:%M:%S"
 PENALTIES = 10.0 ** np.arange(-1, 6)  # that the ridge regression tries
+BASELINES = ("persistence", "seasonal_naive", "climatology", "linear")  # beside the model
 BAND = (0.1, 0.9)  # quantiles of the validation errors: the 80 % band
 CURVE_WINDOWS = 2000  # training windows on which the curves' training error is measured
 PRESETS = {"lab": {  # the plain setting of the lab
@@ -55,10 +57,6 @@ def parse_args(arguments=None):
     """The command line as a namespace. The defaults were chosen on validation rows."""
     parser = options.make_parser(__doc__, CELLS)
     add = parser.add_argument
-    count = options.count
-    count_or_0 = options.count_or_0
-    share = options.share
-    positive = options.positive
     years = options.number(int, 1, 200)
     add("--preset", choices=PRESETS, help="the lab's plain setting; options beside it win")
     add("--date-column", default="Date Time", help="the file's column of dates")
@@ -100,13 +98,14 @@ def read_series(frame, path, freq, date_column, target):
     is_text = (raw[target].notna() & numbers[target].isna()).to_numpy()
     if is_text.mean() > 0.5:
         row = is_text.argmax()
-        raise UserError(f"{path}: most of {target} is no number, for example "
-                        f"{raw[target].iloc[row]!r} in row {row + 1}; correct it")  # fmt: skip
+        example = f"{raw[target].iloc[row]!r} in row {row + 1}"
+        raise UserError(f"{path}: most of {target} is no number, for example {example}; correct it")
     values = numbers.mask((numbers <= -999) | np.isinf(numbers))
     values.index = read_stamps(frame[date_column], path)
     series = values.sort_index(kind="stable").resample(freq).first()
-    print(f"{path}: {len(frame)} rows, {series.index[0]} to {series.index[-1]}; {len(series)} "
-          f"steps, {series[target].isna().sum()} without {target}")  # fmt: skip
+    period = f"{series.index[0]} to {series.index[-1]}"
+    steps = f"{len(series)} steps, {series[target].isna().sum()} without {target}"
+    print(f"{path}: {len(frame)} rows, {period}; {steps}")
     return series
 
 
@@ -124,8 +123,9 @@ def read_stamps(column, path):
     is_wrong = (stamps.isna() | is_far).to_numpy()
     if is_wrong.any():
         row = is_wrong.argmax()
-        raise UserError(f"{path}: row {row + 1} has the date '{column.iloc[row]}', unreadable or "
-                        "centuries from the others; write 31.12.2009 23:50:00")  # fmt: skip
+        date = f"{path}: row {row + 1} has the date '{column.iloc[row]}'"
+        reason = "unreadable or centuries from the others; write 31.12.2009 23:50:00"
+        raise UserError(f"{date}, {reason}")
     return pd.DatetimeIndex(stamps)
 
 
@@ -184,7 +184,7 @@ def prepare(args, series, path):
         columns += others.columns.tolist()
     values = series[columns].to_numpy()  # (N, C)
 
-    parts = {  # first step, end, steps from window to window
+    parts = {  # first step, end, stride from window to window
         "train": (0, train_end, 1),
         "validation": (train_end, validation_end, 1),
         "segments": (first_test, len(index), length),
@@ -193,23 +193,25 @@ def prepare(args, series, path):
     }
     is_complete = np.isfinite(values).all(axis=1)
     starts = {}
-    for part, (first, end, step) in parts.items():
-        starts[part], left_out = window_starts(is_complete, first, end, length, step)
+    for part, (first, end, stride) in parts.items():
+        starts[part], left_out = window_starts(is_complete, first, end, length, stride)
         print(f"{part}: {len(starts[part])} windows, {left_out} with missing values left out")
         if len(starts[part]) < 5:
-            raise UserError(f"{path} has too few windows for {part}: {len(starts[part])} whole, "
-                            f"{left_out} with missing values; 5 whole ones are needed: name a "
-                            "longer or more complete file, or lower --train-years")  # fmt: skip
+            found = f"{len(starts[part])} whole, {left_out} with missing values"
+            remedy = "name a longer or more complete file, or lower --train-years"
+            raise UserError(
+                f"{path} has too few windows for {part}: {found}; 5 whole ones are needed: {remedy}"
+            )
     return Weather(index, columns, values, steps_a_day, train_end, starts)
 
 
-def window_starts(is_complete, first, end, length, step):
-    """First steps of windows of `length` steps within first..end-1, `step` apart.
+def window_starts(is_complete, first, end, length, stride):
+    """First steps of windows of `length` steps within first..end-1, every `stride` steps.
 
     is_complete: (N,) whether a step has all its values. Returns the starts of windows without a
     missing value, and how many were left out.
     """
-    starts = np.arange(first, end - length + 1, step)
+    starts = np.arange(first, end - length + 1, stride)
     windows = starts[:, None] + np.arange(length)
     is_usable = is_complete[windows].all(axis=1)
     return starts[is_usable], int((~is_usable).sum())
@@ -243,7 +245,7 @@ def harmonics(index):
 
 
 @dataclass
-class View:
+class Scaling:
     """How a model sees values: as scaled differences from what is expected at their time.
 
     kind "linear": from the climatology; the calendar stands beside the differences. kind "mean":
@@ -256,7 +258,7 @@ class View:
 
     def expected(self, index):
         """What is expected of all columns at the times of an index, (N, C)."""
-        return design(self.kind, index) @ self.coefficients
+        return regressors(self.kind, index) @ self.coefficients
 
     def inputs(self, weather):
         """Inputs (N, D) of a model; D is C + 4 with the calendar."""
@@ -266,15 +268,15 @@ class View:
         return np.concatenate([scaled, calendar(weather.index)], axis=1)
 
 
-def design(kind, index):
+def regressors(kind, index):
     """Regressors (N, K) of what is expected: the climatology's, or for "mean" a 1."""
     return harmonics(index) if kind == "linear" else np.ones((len(index), 1))
 
 
-def fit_view(kind, weather):
-    """A view whose expected values and scale are fitted to the training steps by least squares."""
+def fit_scaling(kind, weather):
+    """The scaling of a kind, fitted to the training steps by least squares."""
     values = weather.values[: weather.train_end]  # (N, C), NaN where missing
-    X = design(kind, weather.index[: weather.train_end])
+    X = regressors(kind, weather.index[: weather.train_end])
     columns = []
     for column in values.T:
         is_known = np.isfinite(column)
@@ -284,7 +286,7 @@ def fit_view(kind, weather):
     scale = np.nanstd(values - X @ coefficients, axis=0)
     rounding = 1e-6 * np.nanmax(np.abs(values), axis=0)
     scale[scale <= rounding] = 1.0  # a constant column keeps its unit
-    return View(kind, coefficients, scale)
+    return Scaling(kind, coefficients, scale)
 
 
 # --- the linear forecast ------------------------------------------------------------------------
@@ -311,59 +313,59 @@ def linear_features(windows, steps_a_day):
     return np.concatenate(blocks, axis=1)
 
 
-def feature_chunks(weather, view, starts):
+def feature_chunks(weather, scaling, starts):
     """Yield starts (n,) in chunks with their `linear_features`, to save memory."""
-    inputs = view.inputs(weather)
+    inputs = scaling.inputs(weather)
     for chunk in np.array_split(starts, len(starts) // 4096 + 1):
         yield chunk, linear_features(inputs[weather.past(chunk)], weather.steps_a_day)
 
 
-def base_forecast(weather, view, W, starts):
+def base_forecast(weather, scaling, W, starts):
     """What the network corrects (n, horizon), degC: what is expected, and with weights W
     (F, horizon) the linear forecast of the scaled anomalies.
     """
-    expected = view.expected(weather.index)[weather.future(starts), 0]
+    expected = scaling.expected(weather.index)[weather.future(starts), 0]
     if W is None:
         return expected
-    anomalies = [X @ W for _, X in feature_chunks(weather, view, starts)]
-    return expected + view.scale[0] * np.concatenate(anomalies)
+    anomalies = [X @ W for _, X in feature_chunks(weather, scaling, starts)]
+    return expected + scaling.scale[0] * np.concatenate(anomalies)
 
 
 @dataclass
 class Base:
-    """What the network corrects: a view, and the weights of the linear forecast in it, None for
-    the network alone."""
+    """What the network corrects: the linear forecast of scaled values by weights W, or without
+    weights what the scaling expects."""
 
-    view: View
+    scaling: Scaling
     W_train: np.ndarray | None = None  # fitted to the training windows
     W_test: np.ndarray | None = None  # fitted to the training and validation windows
 
 
 def fit_linear(weather):
     """Ridge regression on the `linear_features`, with the penalty of least validation error."""
-    view = fit_view("linear", weather)
-    XX, XY = sums_of_products(weather, view, weather.starts["train"])
+    scaling = fit_scaling("linear", weather)
+    XX, XY = sums_of_products(weather, scaling, weather.starts["train"])
     every_third = weather.starts["validation"][::3]  # enough to choose among seven penalties
 
     def validation_error(penalty):
         W = solve_ridge(XX, XY, penalty)
-        guess = base_forecast(weather, view, W, every_third)
-        return mean_error(weather.truth(every_third), guess)
+        predicted = base_forecast(weather, scaling, W, every_third)
+        return mean_error(weather.truth(every_third), predicted)
 
     penalty = min(PENALTIES, key=validation_error)
     W_train = solve_ridge(XX, XY, penalty)
-    more_XX, more_XY = sums_of_products(weather, view, weather.starts["validation"])
-    W_test = solve_ridge(XX + more_XX, XY + more_XY, penalty)
+    validation_XX, validation_XY = sums_of_products(weather, scaling, weather.starts["validation"])
+    W_test = solve_ridge(XX + validation_XX, XY + validation_XY, penalty)
     print(f"linear forecast: {len(W_train)} features, penalty {penalty:g}")
-    return Base(view, W_train, W_test)
+    return Base(scaling, W_train, W_test)
 
 
-def sums_of_products(weather, view, starts):
+def sums_of_products(weather, scaling, starts):
     """X^T X and X^T Y of the windows that begin at starts: enough to solve for every penalty."""
-    anomalies = view.inputs(weather)[:, 0]
+    anomalies = scaling.inputs(weather)[:, 0]
     XX = 0.0
     XY = 0.0
-    for chunk, X in feature_chunks(weather, view, starts):
+    for chunk, X in feature_chunks(weather, scaling, starts):
         XX += X.T @ X
         XY += X.T @ anomalies[weather.future(chunk)]
     return XX, XY
@@ -408,16 +410,16 @@ def build_model(config):
     return Forecaster(config["model"], **config["sizes"])
 
 
-def forecast(model, weather, view, W, starts):
+def forecast(model, weather, scaling, W, starts):
     """The forecast (n, horizon), degC, of base and network for windows that begin at starts."""
-    inputs = torch.from_numpy(view.inputs(weather)).float().to(model.recurrence.W_hq.device)
+    inputs = torch.from_numpy(scaling.inputs(weather)).float().to(model.recurrence.W_hq.device)
     correction = corrections(model, inputs, weather.past(starts))
-    return base_forecast(weather, view, W, starts) + view.scale[0] * correction
+    return base_forecast(weather, scaling, W, starts) + scaling.scale[0] * correction
 
 
 @torch.no_grad()
 def corrections(model, inputs, past):
-    """What the network adds (n, horizon), in units of the view's scale.
+    """What the network adds (n, horizon), in units of the scaling.
 
     inputs: (N, D); past: the known steps (n, known) of each window, rows of inputs.
     """
@@ -435,7 +437,7 @@ def corrections(model, inputs, past):
 def make_config(args, cell, weather, base, data):
     """What best.pt holds beside what is fitted."""
     sizes = {
-        "num_inputs": base.view.inputs(weather).shape[1],
+        "num_inputs": base.scaling.inputs(weather).shape[1],
         "num_hiddens": args.hidden,
         "horizon": weather.horizon,
         "dropout": args.dropout,
@@ -447,7 +449,7 @@ def make_config(args, cell, weather, base, data):
         "freq": args.freq,
         "date_column": args.date_column,
         "columns": weather.columns,
-        "base": base.view.kind,
+        "base": base.scaling.kind,
         "sha256": data["sha256"],
     }
 
@@ -455,11 +457,11 @@ def make_config(args, cell, weather, base, data):
 def train(args, config, weather, base, device):
     """Train one structure; returns its run, and the model with the best epoch's weights."""
     starts = weather.starts["train"]
-    degrees = float(base.view.scale[0])  # degC in one unit of the scaled values
+    target_scale = float(base.scaling.scale[0])  # degC in one unit of the scaled values
     # What the network learns to forecast: what its base leaves over.
     residuals = {part: base_residuals(weather, base, part) for part in ("train", "validation")}
     targets = torch.from_numpy(residuals["train"]).float().to(device)  # (n, horizon)
-    inputs = torch.from_numpy(base.view.inputs(weather)).float().to(device)  # (N, D)
+    inputs = torch.from_numpy(base.scaling.inputs(weather)).float().to(device)  # (N, D)
     past = torch.from_numpy(weather.past(starts)).to(device)  # (n, known)
     stride = min(3, weather.steps_a_day)  # three hours, or a day
     batches_an_epoch = math.ceil(len(starts) / stride / args.batch_size)
@@ -485,7 +487,7 @@ def train(args, config, weather, base, device):
             rows = rows.to(device, non_blocking=True)  # a GPU's earlier steps are not waited for
             X = inputs[past[rows].T]  # (known, B, D)
             Y = targets[rows]  # (B, horizon)
-            loss = (parallel_model(X) - Y).abs().mean() * degrees  # mean absolute error
+            loss = (parallel_model(X) - Y).abs().mean() * target_scale  # mean absolute error
             optimizer.zero_grad()
             loss.backward()  # back-propagation through time
             grad_clipping(model.parameters(), args.clip)
@@ -494,7 +496,7 @@ def train(args, config, weather, base, device):
             average.update(model)
         runs.check_finite(model, epoch)
         # The epoch with the least validation error is the one that is tested.
-        scores = validate(average.module, weather, inputs, residuals, degrees)
+        scores = validate(average.module, weather, inputs, residuals, target_scale)
         run.end_epoch(scores, score=-scores["validation_mean_error"])
 
     model.load_state_dict(run.best["weights"])  # the moving average after the best epoch
@@ -502,23 +504,25 @@ def train(args, config, weather, base, device):
 
 
 def base_residuals(weather, base, part):
-    """Truth minus base forecast (n, horizon) of a part's windows, in units of the view's scale."""
+    """Truth minus base forecast (n, horizon) of a part's windows, in units of the scaling."""
     starts = weather.starts[part]
-    error = weather.truth(starts) - base_forecast(weather, base.view, base.W_train, starts)
-    return error / base.view.scale[0]
+    error = weather.truth(starts) - base_forecast(weather, base.scaling, base.W_train, starts)
+    return error / base.scaling.scale[0]
 
 
-def validate(model, weather, inputs, residuals, degrees):
+def validate(model, weather, inputs, residuals, target_scale):
     """Mean errors, degC, on some training windows and on the validation windows.
 
-    inputs: (N, D); residuals: {part: (n, horizon)} of `base_residuals`; degrees: degC in one unit.
+    inputs: (N, D); residuals: {part: (n, horizon)} of `base_residuals`; target_scale: degC in one
+    unit of both.
     """
     train_stride = len(weather.starts["train"]) // CURVE_WINDOWS + 1
     scores = {}
     for part, stride in (("train", train_stride), ("validation", 1)):
         past = weather.past(weather.starts[part][::stride])
         correction = corrections(model, inputs, past)
-        scores[f"{part}_mean_error"] = degrees * mean_error(residuals[part][::stride], correction)
+        error = mean_error(residuals[part][::stride], correction)
+        scores[f"{part}_mean_error"] = target_scale * error
     return scores
 
 
@@ -532,18 +536,18 @@ def test(run, model, weather, base, linear, data):
     band is of the validation errors with `base.W_train`; the forecasts have `base.W_test`.
     """
     validation = weather.starts["validation"]
-    guess = forecast(model, weather, base.view, base.W_train, validation)
-    band = np.quantile(weather.truth(validation) - guess, BAND, axis=0)  # (2, horizon), degC
+    predicted = forecast(model, weather, base.scaling, base.W_train, validation)
+    band = np.quantile(weather.truth(validation) - predicted, BAND, axis=0)  # (2, horizon), degC
     W = None if base.W_test is None else torch.from_numpy(base.W_test)
-    coefficients = base.view.coefficients.tolist()
-    scale = base.view.scale.tolist()
+    coefficients = base.scaling.coefficients.tolist()
+    scale = base.scaling.scale.tolist()
     run.save_best(band=band.tolist(), W=W, coefficients=coefficients, scale=scale)
 
     forecasts = {}  # {part: {"model" or a baseline: (n, horizon)}}
     for part in ("segments", "daily_origins", "every_step"):
         starts = weather.starts[part]
-        guess = forecast(model, weather, base.view, base.W_test, starts)
-        forecasts[part] = {"model": guess, **baseline_forecasts(weather, linear, starts)}
+        predicted = forecast(model, weather, base.scaling, base.W_test, starts)
+        forecasts[part] = {"model": predicted, **baseline_forecasts(weather, linear, starts)}
     entries = {}
     for part in ("segments", "daily_origins"):
         truth = weather.truth(weather.starts[part])
@@ -552,23 +556,23 @@ def test(run, model, weather, base, linear, data):
     truth = weather.truth(weather.starts["every_step"])
     step = weather.steps_a_day - 1
     lead_24h = {"windows": len(truth)}
-    for name, guess in forecasts["every_step"].items():
-        lead_24h[name] = mean_error(truth[:, step], guess[:, step])
+    for name, predicted in forecasts["every_step"].items():
+        lead_24h[name] = mean_error(truth[:, step], predicted[:, step])
     split = {part: len(weather.starts[part]) for part in ("train", "validation")}
     split["test"] = len(weather.starts["daily_origins"])  # the segments are among them
     metrics = run.write_metrics(data, split, entries, lead_24h=lead_24h)
     write_predictions(run.folder / "predictions.csv", weather, forecasts["segments"]["model"], band)
 
-    title = model_title(metrics["model"], base.view.kind)
-    print(f"\nabsolute errors, degC, on the test years{runs.stamp(data)}, epoch "
-          f"{metrics['best_epoch']}")  # fmt: skip
+    title = model_title(metrics["model"], base.scaling.kind)
+    epoch = metrics["best_epoch"]
+    print(f"\nabsolute errors, degC, on the test years{runs.sample_note(data)}, epoch {epoch}")
     table = pd.DataFrame.from_dict(error_rows(title, entries), orient="index")
     print(table.to_string(float_format="{:.3f}".format))
     for part, entry in entries.items():
         print(f"{part}: {entry['windows']} windows, {entry['coverage_80']:.1%} in the 80 % band")
-    print(f"24 hours ahead, from every step: mean error {lead_24h['model']:.3f}, linear "
-          f"{lead_24h['linear']:.3f}\n")  # fmt: skip
-    draw(run, weather, forecasts, band, f"{title}{runs.stamp(data)}")
+    errors = f"mean error {lead_24h['model']:.3f}, linear {lead_24h['linear']:.3f}"
+    print(f"24 hours ahead, from every step: {errors}\n")
+    draw(run, weather, forecasts, band, f"{title}{runs.sample_note(data)}")
     print(f"results in {run.folder}: open forecasts.png and lead_time.png; forecast with")
     print(f'  python temp_forecast.py --checkpoint "{run.folder}/best.pt" --predict recent.csv')
     return metrics
@@ -582,8 +586,8 @@ def baseline_forecasts(weather, linear, starts):
     return {
         "persistence": np.repeat(last_step, weather.horizon, axis=1),
         "seasonal_naive": np.tile(last_day, HORIZON_DAYS),
-        "climatology": base_forecast(weather, linear.view, None, starts),
-        "linear": base_forecast(weather, linear.view, linear.W_test, starts),
+        "climatology": base_forecast(weather, linear.scaling, None, starts),
+        "linear": base_forecast(weather, linear.scaling, linear.W_test, starts),
     }
 
 
@@ -592,22 +596,22 @@ def part_errors(truth, forecasts, band):
 
     forecasts: {"model" or a baseline: (n, horizon)}.
     """
-    errors = {}
-    for name, guess in forecasts.items():
-        errors[name] = {
-            "mean_error": mean_error(truth, guess),
-            "median_error": median_error(truth, guess),
+    baseline_errors = {}
+    for name in BASELINES:
+        baseline_errors[name] = {
+            "mean_error": mean_error(truth, forecasts[name]),
+            "median_error": median_error(truth, forecasts[name]),
         }
-    model_errors = errors.pop("model")  # what is left are the baselines
     low, high = band
     error = truth - forecasts["model"]
     is_inside = (low <= error) & (error <= high)
     return {
         "windows": len(truth),
-        **model_errors,
+        "mean_error": mean_error(truth, forecasts["model"]),
+        "median_error": median_error(truth, forecasts["model"]),
         "rmse": rmse(truth, forecasts["model"]),
         "coverage_80": float(is_inside.mean()),
-        "baselines": errors,
+        "baselines": baseline_errors,
     }
 
 
@@ -622,14 +626,10 @@ def error_rows(title, entries):
 
     entries: "test" of metrics.json. Returns {line: {"segments, mean": degC, ...}}.
     """
-    rows = {}
-    for part, entry in entries.items():
-        part = part.replace("_", " ")
-        errors_by_name = {title: entry, **entry["baselines"]}
-        for name, errors in errors_by_name.items():
-            row = rows.setdefault(name.replace("_", " "), {})
-            row[f"{part}, mean"] = errors["mean_error"]
-            row[f"{part}, median"] = errors["median_error"]
+    rows = {title: error_row(entries)}
+    for name in BASELINES:
+        baseline = {part: entry["baselines"][name] for part, entry in entries.items()}
+        rows[name.replace("_", " ")] = error_row(baseline)
     difference = {}
     for column, error in rows[title].items():
         difference[column] = error - rows["linear"][column]
@@ -637,7 +637,17 @@ def error_rows(title, entries):
     return rows
 
 
-def write_predictions(path, weather, guess, band):
+def error_row(errors_by_part):
+    """One line of the table, from {part: {"mean_error", "median_error"}}."""
+    row = {}
+    for part, errors in errors_by_part.items():
+        windows = part.replace("_", " ")
+        row[f"{windows}, mean"] = errors["mean_error"]
+        row[f"{windows}, median"] = errors["median_error"]
+    return row
+
+
+def write_predictions(path, weather, predicted, band):
     """Write each forecast step of the test segments: stamp, hours ahead, truth, forecast, band."""
     starts = weather.starts["segments"]
     times = weather.index[weather.future(starts).ravel()]
@@ -647,9 +657,9 @@ def write_predictions(path, weather, guess, band):
         "Date Time": times.strftime(STAMP),
         "hours ahead": np.tile(lead_hours(weather), len(starts)),
         weather.columns[0]: weather.truth(starts).ravel(),
-        "forecast (degC)": guess.ravel(),
-        "low 10 % (degC)": (guess + band[0]).ravel(),
-        "high 90 % (degC)": (guess + band[1]).ravel(),
+        "forecast (degC)": predicted.ravel(),
+        "low 10 % (degC)": (predicted + band[0]).ravel(),
+        "high 90 % (degC)": (predicted + band[1]).ravel(),
     }
     write_csv(path, pd.DataFrame(table).round(3))
 
@@ -666,21 +676,21 @@ def draw(run, weather, forecasts, band, title):
     plots.draw_curves(run.folder / "curves.png", {f"{title}: mean error, degC": curves})
 
     starts = weather.starts["segments"]
-    guess = forecasts["segments"]["model"]
-    errors = np.abs(weather.truth(starts) - guess).mean(axis=1)
+    predicted = forecasts["segments"]["model"]
+    errors = np.abs(weather.truth(starts) - predicted).mean(axis=1)
     places = np.linspace(0, len(errors) - 1, num=6).astype(int)
     windows = []
     for i in errors.argsort()[places]:
         steps = slice(starts[i], starts[i] + weather.known + weather.horizon)
         truth = weather.values[steps, 0]
-        windows.append((weather.index[steps], truth, guess[i]))
+        windows.append((weather.index[steps], truth, predicted[i]))
     heading = f"{title}: test segments from the best to the worst"
     plots.draw_forecasts(run.folder / "forecasts.png", windows, band, weather.steps_a_day, heading)
 
     truth = weather.truth(weather.starts["daily_origins"])
     errors_by_name = {}
-    for name, guess in forecasts["daily_origins"].items():
-        errors_by_name[name.replace("_", " ")] = np.abs(truth - guess)
+    for name, predicted in forecasts["daily_origins"].items():
+        errors_by_name[name.replace("_", " ")] = np.abs(truth - predicted)
     heading = f"error by lead time, {title}"
     plots.draw_lead_time(run.folder / "lead_time.png", lead_hours(weather), errors_by_name, heading)
 
@@ -694,9 +704,9 @@ def compare(args, results):
     data = results[0]["data"]
     table = [{"model": name, **errors} for name, errors in rows.items()]
     content = {"argv": sys.argv[1:], "seed": args.seed, "data": data, "rows": table}
-    print(f"\nabsolute errors, degC, on the test years{runs.stamp(data)}")
+    print(f"\nabsolute errors, degC, on the test years{runs.sample_note(data)}")
     panels = {
-        f"Training mean error, degC{runs.stamp(data)}": "train_mean_error",
+        f"Training mean error, degC{runs.sample_note(data)}": "train_mean_error",
         "Validation mean error, degC": "validation_mean_error",
     }
     cells = [metrics["model"] for metrics in results]
@@ -711,7 +721,7 @@ def predict(args, device):
     saved = runs.load_checkpoint(args.checkpoint, "temp")
     model = build_model(saved).to(device)
     runs.load_weights(model, saved["weights"], args.checkpoint)
-    view = View(saved["base"], np.array(saved["coefficients"]), np.array(saved["scale"]))
+    scaling = Scaling(saved["base"], np.array(saved["coefficients"]), np.array(saved["scale"]))
     W = None if saved["W"] is None else saved["W"].numpy()
     freq = saved["freq"]
     columns = saved["columns"]
@@ -724,21 +734,22 @@ def predict(args, device):
     known = KNOWN_DAYS * STEPS_A_DAY[freq]
     recent = series.loc[: series[target].last_valid_index(), columns].iloc[-known:]
     if len(recent.dropna()) < known:
-        raise UserError(f"{args.predict} does not end with {KNOWN_DAYS} whole days of "
-                        f"{', '.join(columns)}; add them")  # fmt: skip
+        wanted = f"{KNOWN_DAYS} whole days of {', '.join(columns)}"
+        raise UserError(f"{args.predict} does not end with {wanted}; add them")
     index = pd.date_range(recent.index[0], periods=known + saved["sizes"]["horizon"], freq=freq)
     coming = index[known:]
     values = recent.reindex(index).to_numpy()  # NaN where the future is
     weather = Weather(index, columns, values, STEPS_A_DAY[freq])
     only_window = np.array([0])
-    guess = forecast(model, weather, view, W, only_window)[0]
-    low, high = guess + np.array(saved["band"])
+    predicted = forecast(model, weather, scaling, W, only_window)[0]
+    low, high = predicted + np.array(saved["band"])
 
-    print(f"the last known step begins at {recent.index[-1]:{STAMP}}; the forecast covers "
-          f"{coming[0]:{STAMP}} to {coming[-1]:{STAMP}}", file=sys.stderr)  # fmt: skip
+    last = f"the last known step begins at {recent.index[-1]:{STAMP}}"
+    covered = f"{coming[0]:{STAMP}} to {coming[-1]:{STAMP}}"
+    print(f"{last}; the forecast covers {covered}", file=sys.stderr)
     table = {
         "Date Time": coming.strftime(STAMP),
-        target: guess,
+        target: predicted,
         "low 10 % (degC)": low,
         "high 90 % (degC)": high,
     }
@@ -765,9 +776,10 @@ def main():
     options.check_folder(args.out)
     runs.check_same_data(data)
     linear = fit_linear(weather)  # with --base mean it is a baseline in the table
-    base = linear if args.base == "linear" else Base(fit_view("mean", weather))
+    base = linear if args.base == "linear" else Base(fit_scaling("mean", weather))
+    cells = list(CELLS) if args.model == "all" else [args.model]
     results = []
-    for cell in CELLS if args.model == "all" else [args.model]:
+    for cell in cells:
         config = make_config(args, cell, weather, base, data)
         run, model = train(args, config, weather, base, device)
         if runs.is_first():

@@ -36,6 +36,7 @@ from metrics import accuracy, confusion_matrix, precision_recall_f1
 from rnn_models import CELLS, POOLS, Recurrence, grad_clipping, num_directions, pool_states
 from support import datasets, options, plots
 from support.files import UserError, whole_file, write_csv
+from support.options import count, count_or_0, positive, share
 
 PAD = 0  # the id behind a text's end
 UNK = 1  # the id of a token that is not in the vocabulary
@@ -62,10 +63,6 @@ def parse_args(arguments=None):
     """The command line as a namespace. The defaults were chosen on validation rows."""
     parser = options.make_parser(__doc__, CELLS)
     add = parser.add_argument
-    count = options.count
-    count_or_0 = options.count_or_0
-    share = options.share
-    positive = options.positive
     add("--preset", choices=PRESETS, help="the lab's plain setting; options beside it win")
     add("--text-column", default="review", help="the file's column of texts")
     add("--label-column", default="cat", help="the file's column of classes")
@@ -137,12 +134,17 @@ def part_of_each_row(names, split):
     split "fifths" is the assignment's; "stratified" takes 70, 15 and 15 % of each class at random,
     as published results on this corpus do.
     """
+    parts = np.full(len(names), "train", dtype=object)
     if split == "fifths":
         i = np.arange(1, len(names) + 1)
-        return np.where(i % 5 == 4, "validation", np.where(i % 5 == 0, "test", "train"))
-    shuffled = pd.Series(np.random.default_rng(42).permutation(len(names)))
-    rank = shuffled.groupby(names).rank(pct=True)  # in its class, from above 0 to 1
-    return np.where(rank <= 0.7, "train", np.where(rank <= 0.85, "validation", "test"))
+        parts[i % 5 == 4] = "validation"
+        parts[i % 5 == 0] = "test"
+    else:
+        shuffled = pd.Series(np.random.default_rng(42).permutation(len(names)))
+        rank = shuffled.groupby(names).rank(pct=True)  # in its class, from above 0 to 1
+        parts[rank > 0.7] = "validation"
+        parts[rank > 0.85] = "test"
+    return parts
 
 
 def cut_words(texts):
@@ -176,10 +178,10 @@ def tokenize(cuts, kind):
     """Tokens of texts cut into words: {aspect: all texts' tokens in a row}, and the number of
     tokens of each text.
 
-    kind: "word" for words. Otherwise a token is a character with up to three aspects, which kind
-    names and which have a vocabulary and an embedding each: the word that it is in, the character
-    itself, the pair of it and the next one (at a text's end, itself alone). A text without words
-    becomes one unknown token.
+    kind "word": a token is a word. Otherwise a token is a character, and kind names its aspects,
+    which have a vocabulary and an embedding each: "word", the word that it is in; "char", the
+    character itself; "pair", it and the next one (at a text's end, itself alone). A text without
+    words becomes one unknown token.
     """
     cuts = [cut or ["\0"] for cut in cuts]  # "\0" is in no vocabulary
     if kind == "word":
@@ -187,16 +189,16 @@ def tokenize(cuts, kind):
     words = []
     characters = []
     pairs = []
-    lengths = []
+    num_tokens = []
     for cut in cuts:
         for word in cut:
             words += [word] * len(word)  # each of its characters has it
         text = "".join(cut)
         characters += text
         pairs += [text[i : i + 2] for i in range(len(text))]
-        lengths.append(len(text))
+        num_tokens.append(len(text))
     tokens = {"word": words, "char": characters, "pair": pairs}
-    return {aspect: tokens[aspect] for aspect in kind.split("+")}, lengths
+    return {aspect: tokens[aspect] for aspect in kind.split("+")}, num_tokens
 
 
 def build_vocabularies(cuts, kind):
@@ -222,10 +224,10 @@ def encode(tokens, vocabularies):
 class Corpus:
     """The ids of all texts, and the batches made of them."""
 
-    def __init__(self, ids, counts, labels, device):
-        """ids (all tokens, aspects) of `encode`, counts (texts,) of `tokenize`, labels (texts,)."""
-        self.texts = torch.from_numpy(ids).split(list(counts))  # (tokens, aspects) of each text
-        self.lengths = torch.tensor(counts).clamp(max=MAX_TOKENS)
+    def __init__(self, ids, num_tokens, labels, device):
+        """ids (all tokens, aspects) of `encode`; num_tokens of each text; labels (texts,)."""
+        self.ids = torch.from_numpy(ids).split(num_tokens)  # (tokens, aspects) of each text
+        self.lengths = torch.tensor(num_tokens).clamp(max=MAX_TOKENS)
         self.labels = torch.from_numpy(labels)
         self.device = device
 
@@ -242,7 +244,7 @@ class Corpus:
 
     def batch(self, rows):
         """tokens (T, B, aspects), padded to the longest, lengths (B,) and labels (B,)."""
-        texts = [self.texts[row][:MAX_TOKENS] for row in rows.tolist()]
+        texts = [self.ids[row][:MAX_TOKENS] for row in rows.tolist()]
         tokens = pad_sequence(texts, padding_value=PAD)
         batch = (tokens, self.lengths[rows], self.labels[rows])
         # non_blocking: a GPU's earlier steps are not waited for.
@@ -254,9 +256,9 @@ def make_corpus(args, reviews, device):
     cuts = cached_words(reviews.texts, reviews.data["sha256"])
     train_cuts = [cuts[row] for row in reviews.split["train"].tolist()]
     vocabularies = build_vocabularies(train_cuts, args.tokens)
-    tokens, counts = tokenize(cuts, args.tokens)
+    tokens, num_tokens = tokenize(cuts, args.tokens)
     ids = encode(tokens, vocabularies)
-    return vocabularies, Corpus(ids, counts, reviews.labels, device)
+    return vocabularies, Corpus(ids, num_tokens, reviews.labels, device)
 
 
 # --- the model ----------------------------------------------------------------------------------
@@ -392,7 +394,7 @@ def train(args, config, reviews, corpus):
 def probabilities(model, corpus, rows):
     """Class probabilities (n, K) of the texts in rows (n,), in their order, on the CPU."""
     model.eval()
-    by_row = torch.empty(len(corpus.texts), len(model.recurrence.b_q))  # (texts, K)
+    by_row = torch.empty(len(corpus.ids), len(model.recurrence.b_q))  # (texts, K)
     for batch in corpus.by_length(rows, 128):
         tokens, lengths, _ = corpus.batch(batch)
         by_row[batch] = model(tokens, lengths).softmax(dim=1).cpu()
@@ -429,13 +431,12 @@ def test(run, model, reviews, corpus):
     metrics = run.write_metrics(reviews.data, split, scores)
     write_predictions(run.folder / "predictions.csv", reviews, p)
 
-    title = f"{runs.title_of(metrics['model'])}{runs.stamp(reviews.data)}"
+    title = f"{runs.title_of(metrics['model'])}{runs.sample_note(reviews.data)}"
     print_scores(scores, f"{title}, test rows, epoch {metrics['best_epoch']}")
     history = pd.DataFrame(run.history)
-    panels = {}
-    for key, words in (("loss", "cross-entropy, no dropout"), ("accuracy", "accuracy")):
-        curves = {part: history[f"{part}_{key}"] for part in ("train", "validation")}
-        panels[f"{title}: {words}"] = curves
+    losses = {"train": history["train_loss"], "validation": history["validation_loss"]}
+    accuracies = {"train": history["train_accuracy"], "validation": history["validation_accuracy"]}
+    panels = {f"{title}: cross-entropy, no dropout": losses, f"{title}: accuracy": accuracies}
     plots.draw_curves(run.folder / "curves.png", panels)
     plots.draw_confusion(run.folder / "confusion.png", matrix, reviews.classes, title)
     print(f"results in {run.folder}: open curves.png and confusion.png; classify a text with")
@@ -511,7 +512,7 @@ def gradient_reach(model, corpus, rows):
     return torch.cat(shares, dim=1).mean(dim=1).tolist() if shares else []
 
 
-def reach_of_both(seed, model, config, corpus, rows):
+def reach_before_and_after(seed, model, config, corpus, rows):
     """{title: gradient_reach} of a trained model and of the weights that training began with."""
     torch.manual_seed(seed)
     fresh = build_model(config).to(corpus.device)
@@ -527,17 +528,22 @@ def compare(args, reviews, results, reach):
 
     results: (content of metrics.json, test probabilities (n, K)) of each structure.
     """
-    shown = ["accuracy", "precision_macro", "recall_macro", "f1_macro"]
-    columns = ["model", *shown, "parameters", "seconds_per_epoch", "best_epoch"]
+    shown_scores = ("accuracy", "precision_macro", "recall_macro", "f1_macro")
     rows = []
     for metrics, _ in results:
-        values = {**metrics, **metrics["test"], "model": runs.title_of(metrics["model"])}
-        rows.append({name: values[name] for name in columns})
+        row = {"model": runs.title_of(metrics["model"])}
+        for name in shown_scores:
+            row[name] = metrics["test"][name]
+        for name in ("parameters", "seconds_per_epoch", "best_epoch"):
+            row[name] = metrics[name]
+        rows.append(row)
     mean_p = torch.stack([p for _, p in results]).mean(dim=0)
     _, scores = test_scores(reviews, mean_p)
-    mean_row = {"model": "mean of all", **{name: scores[name] for name in shown}}
+    mean_row = {"model": "mean of all"}
+    for name in shown_scores:
+        mean_row[name] = scores[name]
     mean_row["parameters"] = sum(row["parameters"] for row in rows)
-    suffix = runs.stamp(reviews.data)
+    suffix = runs.sample_note(reviews.data)
     print(f"\nTest rows{suffix}; precision, recall and F1 are macro averages.")
     panels = {
         f"Validation cross-entropy{suffix}": "validation_loss",
@@ -597,10 +603,10 @@ def read_lines():
 
 def classify_cuts(cuts, model, config, device):
     """The probabilities (n, K) that a saved model gives to texts cut into words."""
-    tokens, counts = tokenize(cuts, config["tokens"])
+    tokens, num_tokens = tokenize(cuts, config["tokens"])
     ids = encode(tokens, config["vocabularies"])
     labels = np.zeros(len(cuts), np.int64)  # not known
-    corpus = Corpus(ids, counts, labels, device)
+    corpus = Corpus(ids, num_tokens, labels, device)
     return probabilities(model, corpus, torch.arange(len(cuts)))
 
 
@@ -621,16 +627,17 @@ def main():
     runs.check_same_data(reviews.data)
     vocabularies, corpus = make_corpus(args, reviews, device)
 
+    cells = list(CELLS) if args.model == "all" else [args.model]
     results = []
     reach = {}
-    for cell in CELLS if args.model == "all" else [args.model]:
+    for cell in cells:
         config = make_config(args, cell, reviews, vocabularies)
         run, model = train(args, config, reviews, corpus)
         if runs.is_first():
             results.append(test(run, model, reviews, corpus))
             if args.model == "all":
                 rows = reviews.split["validation"]
-                reach.update(reach_of_both(args.seed, model, config, corpus, rows))
+                reach.update(reach_before_and_after(args.seed, model, config, corpus, rows))
     if args.model == "all" and runs.is_first():
         compare(args, reviews, results, reach)
 

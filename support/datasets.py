@@ -150,12 +150,14 @@ def print_banner(dataset, reason):
     """Say that the sample stands in for a dataset, why, and how to get the real file."""
     named_folder = os.environ.get("RNN_DATA_DIR")
     where = f"; RNN_DATA_DIR={named_folder} does not hold it" if named_folder else ""
-    print(f"""{"*" * 100}
+    stars = "*" * 100
+    text = f"""{stars}
   BUNDLED SAMPLE: {dataset.name} could not be downloaded ({reason}){where}.
   These are made-up data: their numbers say nothing about the real ones.
   For the real ones, fetch {dataset.urls[0]}
   with a browser and put the file into {DATA_DIR}
-{"*" * 100}""", flush=True)  # fmt: skip
+{stars}"""
+    print(text, flush=True)
 
 
 def read_table(path, options):

@@ -4,7 +4,6 @@ import atexit
 import contextlib
 import copy
 import io
-import math
 import os
 import sys
 import time
@@ -29,7 +28,7 @@ RESULTS = ("last.pt", "best.pt", "metrics.json", "history.csv", "predictions.csv
 
 def join_processes(device):
     """Join torchrun's other processes (NCCL on GPUs, gloo on CPUs); only the first prints."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or distributed.is_initialized():
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)  # NCCL works on the current device
@@ -121,9 +120,9 @@ def check_finite(model, epoch):
     A loss that is not finite makes its step's gradients and so all weights not finite, for good:
     one look at the end of an epoch is enough, and no step waits for a GPU.
     """
-    for param in model.parameters():
-        if not torch.isfinite(param).all():
-            raise UserError(f"the weights of epoch {epoch} are not finite; try a lower --lr")
+    is_finite = all(torch.isfinite(param).all() for param in model.parameters())
+    if not is_finite:
+        raise UserError(f"the weights of epoch {epoch} are not finite; try a lower --lr")
 
 
 def start(args, config, parts):
@@ -195,11 +194,12 @@ class Run:
         last = from_first(last)
         if last is None:
             return
-        for name, value in self.options.items():
-            if value != last["options"].get(name):
-                option = f"--{name.replace('_', '-')}"
-                raise UserError(f"the run in {self.folder} began with another value of {option}; "
-                                "use the same or leave out --resume")  # fmt: skip
+        earlier = last["options"]
+        changed = [name for name, value in self.options.items() if value != earlier.get(name)]
+        if changed:
+            option = f"--{changed[0].replace('_', '-')}"
+            difference = f"the run in {self.folder} began with another value of {option}"
+            raise UserError(f"{difference}; use the same or leave out --resume")
         for name, part in self.parts.items():
             load_weights(part, last["parts"][name], path)
         self.history = last["history"]
@@ -215,7 +215,9 @@ class Run:
         """
         while len(self.history) < limit:
             epoch = len(self.history) + 1
-            waited = epoch - 1 - self.best["epoch"] if self.best else 0
+            waited = 0  # epochs since the best one
+            if self.best:
+                waited = len(self.history) - self.best["epoch"]
             if patience and waited >= patience:
                 print(f"stopped: no better validation score for {waited} epochs (--patience)")
                 return
@@ -235,26 +237,23 @@ class Run:
             whole_rounds = len(batches) - len(batches) % world_size()
             batches = batches[rank() : whole_rounds : world_size()]
             torch.manual_seed(self.args.seed * 1_000_003 + epoch + 10_007 * rank())
-        is_quiet = None if is_first() else True  # None: quiet if stderr is no terminal
+        disable = None if is_first() else True  # None: no bar if stderr is no terminal
         title = f"epoch {epoch}/{self.args.epochs}"
-        yield from tqdm(batches, title, unit="step", disable=is_quiet, leave=False)
+        yield from tqdm(batches, title, unit="step", disable=disable, leave=False)
 
     def end_epoch(self, scores, score):
         """Record an epoch's scores, keep the average's weights if they are the best, save, print.
 
         scores: {name: number}; score: the number that decides, the higher the better.
-        Raises UserError if a number is not finite.
         """
         epoch = len(self.history) + 1
         scores, score = from_first((scores, score))
-        if not all(map(math.isfinite, scores.values())):
-            raise UserError(f"the scores of epoch {epoch} are not finite; try a lower --lr")
         seconds = time.perf_counter() - self.epoch_start
         self.history.append({"epoch": epoch, **scores, "seconds": seconds})
         is_best = self.best is None or score > self.best["score"]
         if is_best:
-            weights = self.parts["average"].module.state_dict()
-            weights = {name: tensor.cpu().clone() for name, tensor in weights.items()}
+            averaged = self.parts["average"].module.state_dict()
+            weights = {name: tensor.cpu().clone() for name, tensor in averaged.items()}
             self.best = {"epoch": epoch, "score": score, "weights": weights}
         if not is_first():
             return
@@ -306,9 +305,10 @@ class Run:
 
 
 def rise_and_fall(steps):
-    """The rate's factor at each step, for LambdaLR: it rises for a thirteenth of the steps, to
-    12/13, where 12 d meets 1 - d, d the share of the steps done; falls to a twentieth by their end,
-    and stays there. steps 0: the factor is 1.
+    """The rate's factor at each step, for LambdaLR.
+
+    d is the share of `steps` that are done. The factor rises as 12 d until d = 1/13, falls as
+    1 - d, and stays at 0.05. With steps 0 it is always 1.
     """
 
     def factor(step):
@@ -360,8 +360,8 @@ def title_of(cell):
     return cell.upper().replace("BI_", "Bi-").replace("_", " ")
 
 
-def stamp(data):
-    """What titles say behind a name: nothing, or that the data are the sample."""
+def sample_note(data):
+    """What titles say of the data: nothing, or that they are the sample."""
     return " (bundled sample)" if data["source"] == "sample" else ""
 
 

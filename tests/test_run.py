@@ -118,11 +118,6 @@ def test_every_seed_and_epoch_draws_its_own_random_numbers(tmp_path):
     assert len(numbers) == 9
 
 
-def test_scores_that_are_not_finite_end_a_run(tmp_path):
-    with pytest.raises(UserError, match="scores of epoch 2 are not finite"):
-        train(make_run(tmp_path), [1, float("nan")])
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_end_a_run(value):
     model = nn.Linear(2, 2)

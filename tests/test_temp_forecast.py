@@ -21,10 +21,10 @@ from temp_forecast import (
     PENALTIES,
     Base,
     Forecaster,
-    View,
+    Scaling,
     Weather,
     fit_linear,
-    fit_view,
+    fit_scaling,
     linear_features,
 )
 
@@ -96,7 +96,7 @@ def test_an_unreadable_or_far_date_is_refused_with_its_row(date):
 
 def test_windows_with_a_missing_first_or_last_step_are_left_out():
     is_complete = np.arange(10) % 4 > 0  # steps 0, 4 and 8 are missing
-    starts, left_out = temp_forecast.window_starts(is_complete, first=1, end=8, length=2, step=1)
+    starts, left_out = temp_forecast.window_starts(is_complete, first=1, end=8, length=2, stride=1)
     assert list(starts) == [1, 2, 5, 6]
     assert left_out == 2
 
@@ -138,7 +138,7 @@ def test_the_climatology_finds_the_cycles_that_made_a_series():
     values = season * np.sin(day + 2) + season * np.sin(2 * day + 3)
     values += season + np.sin(2 * year + 4)
     weather = Weather(index, ["T"], values[:, None], steps_a_day=24, train_end=8760)
-    expected = fit_view("linear", weather).expected(index)
+    expected = fit_scaling("linear", weather).expected(index)
     assert np.allclose(expected, weather.values)
 
 
@@ -156,17 +156,17 @@ def weather(days):
 
 
 def test_what_is_expected_comes_from_the_training_steps_alone(weather):
-    view = fit_view("linear", weather)
+    scaling = fit_scaling("linear", weather)
     training_steps = replace(weather, values=weather.values[:292])
-    same_view = fit_view("linear", training_steps)
-    assert np.array_equal(view.coefficients, same_view.coefficients)
-    assert np.array_equal(view.scale, same_view.scale)
+    same_view = fit_scaling("linear", training_steps)
+    assert np.array_equal(scaling.coefficients, same_view.coefficients)
+    assert np.array_equal(scaling.scale, same_view.scale)
 
 
 def test_a_constant_column_keeps_its_unit(weather):
     constant = replace(weather, values=np.full((1000, 1), 1013.1))
-    view = fit_view("linear", constant)
-    assert view.scale == [1]
+    scaling = fit_scaling("linear", constant)
+    assert scaling.scale == [1]
 
 
 # --- the linear forecast ------------------------------------------------------------------------
@@ -197,7 +197,7 @@ def test_the_linear_forecast_is_the_ridge_with_the_least_validation_error(weathe
     starts = np.r_[:100, 292:359]
     weather = replace(weather, starts={"train": starts[:100], "validation": starts[100:]})
     linear = fit_linear(weather)
-    inputs = linear.view.inputs(weather)
+    inputs = linear.scaling.inputs(weather)
     X = linear_features(inputs[weather.past(starts)], steps_a_day=1)
     Y = inputs[weather.future(starts), 0]
     solutions = [ridge(X[:100], Y[:100], penalty) for penalty in PENALTIES]
@@ -212,10 +212,10 @@ def test_the_baselines_by_hand():
     index = pd.date_range("2009-01-01", periods=30, freq="12h")
     values = np.arange(30)[:, None]
     weather = Weather(index, ["T"], values, steps_a_day=2)
-    view = View("linear", coefficients=10 * np.eye(17, 1), scale=[3])  # expects 10 degC
+    scaling = Scaling("linear", coefficients=10 * np.eye(17, 1), scale=[3])  # expects 10 degC
     W = np.zeros((90, 4))
     W[9] = 2  # twice the last known anomaly
-    linear = Base(view, W_test=W)
+    linear = Base(scaling, W_test=W)
     # Steps 7 to 16 are known, 17 to 20 come; a day has two steps.
     forecasts = temp_forecast.baseline_forecasts(weather, linear, starts=np.array([7]))
     assert np.all(forecasts["persistence"] == 16)
@@ -356,7 +356,7 @@ def part_errors(network, weather):
     def errors_of(part):
         linear = fit_linear(weather)
         starts = weather.starts[part]
-        forecast = temp_forecast.forecast(network, weather, linear.view, linear.W_train, starts)
+        forecast = temp_forecast.forecast(network, weather, linear.scaling, linear.W_train, starts)
         return weather.truth(starts) - forecast
 
     return errors_of

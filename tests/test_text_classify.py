@@ -156,7 +156,7 @@ def numbered_corpus(lengths):
     """A corpus whose tokens are numbered 1, 2, 3, ... through all texts."""
     ids = np.arange(sum(lengths), dtype=np.int32)[:, None] + 1
     labels = np.arange(len(lengths))
-    return Corpus(ids, lengths, labels, device="cpu")
+    return Corpus(ids, list(lengths), labels, device="cpu")
 
 
 def test_a_batch_is_padded_with_0_and_texts_are_cut_after_256_tokens():

@@ -122,8 +122,9 @@ def main():
     torch.set_num_threads(args.threads)
     rounds = 3 if args.quick else 15
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    print(f"{machine}, {args.threads} threads, torch {torch.__version__}; milliseconds, first of a "
-          "training step, then of inference; megabytes kept for the backward pass\n")  # fmt: skip
+    units = "milliseconds, first of a training step, then of inference"
+    memory = "megabytes kept for the backward pass"
+    print(f"{machine}, {args.threads} threads, torch {torch.__version__}; {units}; {memory}\n")
     print(f"| T, B, D, h | cell {COLUMNS}|")
     print(f"| --- | --- {'| ---: ' * 11}|")
     ratios = {"training": [], "inference": []}
