@@ -182,6 +182,7 @@ def prepare(args, series, path):
     if args.features == "all":
         others = series.iloc[:train_end, 1:].dropna(axis=1, thresh=train_end // 2)
         columns += others.columns.tolist()
+        print(f"inputs: {', '.join(columns)}")
     values = series[columns].to_numpy()  # (N, C)
 
     parts = {  # first step, end, stride from window to window
@@ -199,6 +200,8 @@ def prepare(args, series, path):
         if len(starts[part]) < 5:
             found = f"{len(starts[part])} whole, {left_out} with missing values"
             remedy = "name a longer or more complete file, or lower --train-years"
+            if args.features == "all":
+                remedy += ", or leave out --features all"
             raise UserError(
                 f"{path} has too few windows for {part}: {found}; 5 whole ones are needed: {remedy}"
             )
@@ -778,6 +781,8 @@ def main():
     linear = fit_linear(weather)  # with --base mean it is a baseline in the table
     base = linear if args.base == "linear" else Base(fit_scaling("mean", weather))
     cells = list(CELLS) if args.model == "all" else [args.model]
+    if not args.resume:  # of all structures at once: --resume must find none of an earlier run
+        runs.remove_results(args.out / f"temp_{name}" for name in {args.model, *cells})
     results = []
     for cell in cells:
         config = make_config(args, cell, weather, base, data)

@@ -106,6 +106,8 @@ def read_reviews(args):
     frame, data = datasets.load(datasets.REVIEWS, args.data)
     path = data["path"]
     datasets.check_columns(frame, [args.text_column, args.label_column], path)
+    if args.text_column == args.label_column:
+        raise UserError("--text-column and --label-column are the same; name two columns")
     texts = frame[args.text_column].astype(str).str.strip(BLANKS)
     names = frame[args.label_column].astype(str).str.strip()
     is_usable = (texts != "") & (names != "")
@@ -500,6 +502,8 @@ def gradient_reach(model, corpus, rows):
     """
     model.eval()
     rows = rows[corpus.lengths[rows] >= REACH][:512]
+    if len(rows) == 0:
+        return []
     shares = []
     for batch in corpus.by_length(rows, 64):
         tokens, lengths, labels = corpus.batch(batch)
@@ -509,7 +513,7 @@ def gradient_reach(model, corpus, rows):
         distances = torch.arange(REACH, device=corpus.device)[:, None]
         norms = gradient.norm(dim=2).gather(0, lengths - 1 - distances)  # (REACH, B)
         shares.append(norms / norms.sum(dim=0).clamp_min(1e-30))
-    return torch.cat(shares, dim=1).mean(dim=1).tolist() if shares else []
+    return torch.cat(shares, dim=1).mean(dim=1).tolist()
 
 
 def reach_before_and_after(seed, model, config, corpus, rows):
@@ -558,8 +562,9 @@ def compare(args, reviews, results, reach):
     }
     cells = [metrics["model"] for metrics, _ in results]
     runs.write_comparison(args.out, "text", cells, content, panels)
-    title = f"--pool {args.pool}, validation texts{suffix}"
-    plots.draw_gradients(args.out / "text_all" / "gradients.png", reach, title)
+    if any(reach.values()):
+        title = f"--pool {args.pool}, validation texts{suffix}"
+        plots.draw_gradients(args.out / "text_all" / "gradients.png", reach, title)
 
 
 # --- prediction ---------------------------------------------------------------------------------
@@ -628,6 +633,8 @@ def main():
     vocabularies, corpus = make_corpus(args, reviews, device)
 
     cells = list(CELLS) if args.model == "all" else [args.model]
+    if not args.resume:  # of all structures at once: --resume must find none of an earlier run
+        runs.remove_results(args.out / f"text_{name}" for name in {args.model, *cells})
     results = []
     reach = {}
     for cell in cells:

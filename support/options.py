@@ -151,10 +151,13 @@ def run_script(main):
         sys.stdout.reconfigure(errors="replace")  # a console that lacks a character shows "?"
     try:
         main()
+        sys.stdout.flush()
         return
-    except UserError as error:
+    except (UserError, OSError) as error:
         message = f"error: {error}"
         status = 2
+        if isinstance(error, OSError):  # perhaps of stdout: a full disk, or a pipe that was closed
+            sys.stdout = None
     except KeyboardInterrupt:
         message = "interrupted; with --resume a training goes on after its last finished epoch"
         status = 130

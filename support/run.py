@@ -18,9 +18,12 @@ from support import plots
 from support.files import UserError, whole_file, write_csv, write_json
 
 FORMAT = 8  # of the checkpoints; raise it when what they hold changes
-# What a run leaves in its folder.
-RESULTS = ("last.pt", "best.pt", "metrics.json", "history.csv", "predictions.csv", "curves.png",
-           "confusion.png", "forecasts.png", "lead_time.png")  # fmt: skip
+# What a run or a comparison leaves in its folder.
+RESULTS = (
+    "last.pt", "best.pt", "metrics.json", "history.csv", "predictions.csv", "curves.png",
+    "confusion.png", "forecasts.png", "lead_time.png", "comparison.json", "comparison.png",
+    "gradients.png",
+)  # fmt: skip
 
 
 # --- torchrun's processes -----------------------------------------------------------------------
@@ -125,6 +128,21 @@ def check_finite(model, epoch):
         raise UserError(f"the weights of epoch {epoch} are not finite; try a lower --lr")
 
 
+def remove_results(folders):
+    """Remove what earlier runs left in these folders, so that old and new never stand together.
+
+    Raises UserError for a file that cannot be removed.
+    """
+    if not is_first():
+        return
+    try:
+        for folder in folders:
+            for name in RESULTS:
+                (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot remove {error.filename}: {error.strerror}; close it") from error
+
+
 def start(args, config, parts):
     """A `Run` of these options; with --resume it goes on where an earlier one stopped."""
     model = parts["model"]
@@ -137,8 +155,6 @@ def start(args, config, parts):
             path.unlink()
     if args.resume:
         run.restore()
-    else:
-        run.clear()
     return run
 
 
@@ -166,21 +182,6 @@ class Run:
         options = {name: value for name, value in vars(args).items() if name not in may_change}
         # The path of the data may change, their content may not.
         self.options = {**options, "nproc_per_node": world_size(), "data": config["sha256"]}
-
-    def clear(self):
-        """Remove what an earlier run left in the folder, so that old and new never stand together.
-
-        Raises UserError for a file that cannot be removed.
-        """
-        if not is_first():
-            return
-        try:
-            for name in RESULTS:
-                (self.folder / name).unlink(missing_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"cannot remove {error.filename}: {error.strerror}; close it"
-            ) from error
 
     def restore(self):
         """Go on after the last finished epoch, if there is one.

@@ -59,6 +59,14 @@ def test_the_header_tells_the_separator_and_the_decimal_sign(tmp_path, separator
     assert frame.to_dict("list") == {"Date Time": ["monday"], "T": [-0.5]}
 
 
+def test_a_text_among_numbers_with_a_decimal_comma_leaves_them_numbers(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("Date Time;T\n31.12.2009;-0,5\n01.01.2010;-\n02.01.2010;1,25\n")
+    frame, _ = load(CLIMATE, path)
+    assert frame["T"].tolist() == ["-0.5", "-", "1.25"]
+    assert frame["Date Time"].tolist() == ["31.12.2009", "01.01.2010", "02.01.2010"]
+
+
 def test_any_text_comes_back(tmp_path):
     texts = ["NA", "1.0", "", '很好，,\n"值得"\n好读', "a\rb", " a;\t😀\u2028"]
     path = tmp_path / "a.csv"

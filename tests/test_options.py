@@ -1,5 +1,8 @@
 """The command line of both scripts: numbers, presets, --predict, the device, the way out."""
 
+import os
+import subprocess
+import sys
 from unittest.mock import Mock
 
 import pytest
@@ -152,6 +155,25 @@ def exit_status_of(error):
 def test_a_mistake_of_the_user_ends_with_one_line(capsys):
     assert exit_status_of(UserError("two\nlines")) == 2
     assert capsys.readouterr().err == "error: two lines\n"
+
+
+def test_a_full_disk_ends_with_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # the script may close it
+    assert exit_status_of(OSError(28, "No space left on device")) == 2
+    assert capsys.readouterr().err == "error: [Errno 28] No space left on device\n"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such pipes")
+def test_a_reader_who_has_gone_away_ends_a_script_with_one_line():
+    script = "from support import options; options.run_script(lambda: print('好'))"
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    result = subprocess.run(
+        [sys.executable, "-c", script], stdout=write_end, stderr=subprocess.PIPE, check=False
+    )
+    os.close(write_end)
+    assert result.returncode == 2
+    assert result.stderr.decode().splitlines() == ["error: [Errno 32] Broken pipe"]
 
 
 def test_an_interrupted_script_tells_how_to_go_on(capsys):

@@ -442,6 +442,16 @@ def test_an_edited_lstm_is_what_runs_in_both_directions_of_the_bi_lstm(monkeypat
     assert_one_line_on_stderr(capsys, "bi_lstm")
 
 
+def test_a_loop_with_a_state_of_its_own_in_single_precision_runs(monkeypatch, capsys):
+    def own_state_loop(inputs, state, params):
+        H = torch.zeros(inputs.shape[1], 16)  # h of new_recurrence
+        return rnn(inputs, (H,), params)
+
+    monkeypatch.setitem(CELLS, "rnn", own_state_loop)
+    assert_computes_its_loop(new_recurrence("rnn"))
+    assert_one_line_on_stderr(capsys, "rnn")
+
+
 def without_gradients_through_time(inputs, state, params):
     outputs = []
     for step in range(len(inputs)):

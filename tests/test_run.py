@@ -146,21 +146,21 @@ def test_the_metrics_hold_the_mean_of_the_seconds_and_what_they_are_given(tmp_pa
 
 RESULTS = (
     "last.pt best.pt metrics.json history.csv predictions.csv curves.png confusion.png "
-    "forecasts.png lead_time.png"
+    "forecasts.png lead_time.png comparison.json comparison.png gradients.png"
 )
 
 
-def test_a_new_run_removes_what_an_earlier_one_left_and_nothing_else(tmp_path):
+def test_what_earlier_runs_left_is_removed_and_nothing_else(tmp_path):
     for name in [*RESULTS.split(), "notes.txt", "holiday.png"]:
         (tmp_path / name).touch()
-    make_run(tmp_path).clear()
+    runs.remove_results([tmp_path / "absent", tmp_path])
     assert names(tmp_path) == {"notes.txt", "holiday.png"}
 
 
 def test_a_result_that_cannot_be_removed_is_named(tmp_path):
     (tmp_path / "best.pt").mkdir()
     with pytest.raises(UserError, match=r"cannot remove .*best\.pt"):
-        make_run(tmp_path).clear()
+        runs.remove_results([tmp_path])
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import zipfile
 from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -414,6 +415,19 @@ def test_no_test_value_reaches_training(train, rnn_run, saved, days, tmp_path):
     other = torch.load(run / "best.pt")
     torch.testing.assert_close(other["weights"], saved["weights"])
     torch.testing.assert_close(other["W"], saved["W"], rtol=1e-9, atol=1e-9)
+
+
+def test_a_second_run_of_all_removes_the_results_of_all_before_it_trains(
+    train, tmp_path, monkeypatch
+):
+    for name in ("temp_rnn/last.pt", "temp_bi_lstm/last.pt", "temp_all/comparison.json"):
+        path = tmp_path / name
+        path.parent.mkdir()
+        path.touch()
+    monkeypatch.setattr(temp_forecast, "train", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, "--model=all")
+    assert list(tmp_path.glob("*/*")) == []
 
 
 def test_a_resumed_run_is_the_run_left_alone(train, rnn_run, outcome, tmp_path, monkeypatch):

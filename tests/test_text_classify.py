@@ -85,6 +85,11 @@ def test_an_unknown_column_is_answered_with_the_names_of_all(read):
         read(["a"] * 25, "很好", "--text-column", "x")
 
 
+def test_one_column_is_not_text_and_label_at_once(read):
+    with pytest.raises(UserError, match="--text-column and --label-column are the same"):
+        read(["a"] * 25, "很好", "--text-column", "cat")
+
+
 # --- words to ids -------------------------------------------------------------------------------
 
 
@@ -266,6 +271,11 @@ def test_the_gradient_of_a_linear_network_halves_with_every_step():
     reach = text_classify.gradient_reach(model, corpus, torch.arange(4))
     norms = 0.5 ** np.arange(40)
     np.testing.assert_allclose(reach, norms / norms.sum(), rtol=1e-4)
+
+
+def test_short_texts_alone_have_no_reach():
+    corpus = numbered_corpus([39, 1])
+    assert text_classify.gradient_reach(make_model(), corpus, torch.arange(2)) == []
 
 
 # --- a whole run --------------------------------------------------------------------------------
@@ -489,6 +499,19 @@ def test_a_second_run_into_the_same_folder_removes_the_results_of_the_first(
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, "rnn", "--epochs 1")
     assert list(folder.iterdir()) == []
+
+
+def test_a_second_run_of_all_removes_the_results_of_all_before_it_trains(
+    run_main, reviews_path, tmp_path, monkeypatch
+):
+    for name in ("text_rnn/last.pt", "text_bi_lstm/last.pt", "text_all/comparison.json"):
+        path = tmp_path / name
+        path.parent.mkdir()
+        path.touch()
+    monkeypatch.setattr(text_classify, "train", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run_main(text_classify, "--model", "all", "--data", reviews_path, "--out", tmp_path)
+    assert list(tmp_path.glob("*/*")) == []
 
 
 def test_a_stopped_and_resumed_run_ends_as_if_left_alone(train, outcome, tmp_path, monkeypatch):

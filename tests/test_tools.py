@@ -11,14 +11,14 @@ from tools import bench, report
 # --- report -------------------------------------------------------------------------------------
 
 
-def write_text_run(folder, argv, score):
+def write_text_run(folder, argv, score, sha256="a1b2c3", label="书籍"):
     """Write a run of the text classifier in which all scores are the same, and its comparison."""
     scores = dict.fromkeys(["accuracy", "precision_macro", "recall_macro", "f1_macro"], score)
     content = {"task": "text", "model": "rnn", "argv": argv.split()}
-    content["data"] = {"path": "x/shop.zip"}
+    content["data"] = {"path": "x/shop.zip", "sha256": sha256}
     content["rows"] = [{}, scores]
     write_json(folder / "text_all" / "comparison.json", content)
-    content["test"] = {**scores, "per_class": {"书籍": {"f1": score}}}
+    content["test"] = {**scores, "per_class": {label: {"f1": score}}}
     write_json(folder / "text_rnn" / "metrics.json", content)
 
 
@@ -28,10 +28,19 @@ def test_seeds_are_one_line_with_mean_and_deviation(tmp_path, capsys, run_main):
     run_main(report, tmp_path)
     output = capsys.readouterr().out
     scores = " | ".join(["0.3000 ± 0.1414"] * 4)  # the square root of 0.1^2 + 0.1^2
-    assert f"\n| shop: --epochs 5 | RNN | 2 | {scores} |\n" in output
-    assert f"\n| shop: --epochs 5 | MEAN | 2 | {scores} |\n" in output  # of all structures
-    assert "\n| shop: --epochs 5 | RNN | 0.300 ± 0.141 |\n" in output  # F1 of the class
+    assert f"\n| shop a1b2: --epochs 5 | RNN | 2 | {scores} |\n" in output
+    assert f"\n| shop a1b2: --epochs 5 | MEAN | 2 | {scores} |\n" in output  # of all structures
+    assert "\n| shop a1b2: --epochs 5 | RNN | 0.300 ± 0.141 |\n" in output  # F1 of the class
     assert output.count("shop") == 3
+
+
+def test_files_of_one_name_stay_apart_and_so_do_other_classes(tmp_path, capsys, run_main):
+    write_text_run(tmp_path / "0", argv="--seed 0", score=0.2)
+    write_text_run(tmp_path / "1", argv="--seed 1", score=0.4, sha256="d4", label="水果")
+    run_main(report, tmp_path)
+    output = capsys.readouterr().out
+    assert "| 设置 | 模型 | 书籍 |\n| --- | --- | --- |\n| shop a1b2:  | RNN | 0.200 |\n" in output
+    assert "| 设置 | 模型 | 水果 |\n| --- | --- | --- |\n| shop d4:  | RNN | 0.400 |\n" in output
 
 
 def forecast_errors(mean):
@@ -43,12 +52,12 @@ def forecast_errors(mean):
 
 def test_forecasts_stand_above_their_baselines(tmp_path, capsys, run_main):
     content = {"task": "temp", "model": "gru", "argv": ["--freq", "D"]}
-    content["data"] = {"path": "jena.csv"}
+    content["data"] = {"path": "jena.csv", "sha256": "e5f6a7"}
     content["test"] = {"segments": forecast_errors(1), "daily_origins": forecast_errors(3)}
     write_json(tmp_path / "metrics.json", content)
     run_main(report, tmp_path)
-    forecast = "| jena: --freq D | GRU | 1 | 1.000 | 2.000 | 3.000 | 4.000 | 0.800 |"
-    baseline = "| jena: --freq D | seasonal naive | 1 | 5.000 | 6.000 | 7.000 | 8.000 |  |"
+    forecast = "| jena e5f6: --freq D | GRU | 1 | 1.000 | 2.000 | 3.000 | 4.000 | 0.800 |"
+    baseline = "| jena e5f6: --freq D | seasonal naive | 1 | 5.000 | 6.000 | 7.000 | 8.000 |  |"
     assert f"{forecast}\n{baseline}\n" in capsys.readouterr().out
 
 

@@ -2,7 +2,7 @@
 
     python -m tools.report RUNS    RUNS: a folder of --out folders, one for each seed
 
-Runs that differ only in their seed and folder are one line: mean ± standard deviation.
+Runs that differ only in their seed, folder and device are one line: mean ± standard deviation.
 """
 
 import json
@@ -22,7 +22,7 @@ ERRORS = {"mean_error": "均值", "median_error": "中位数"}
 
 
 def setting_of(content):
-    """The data's name and the options that make a setting, as text."""
+    """The data's name and hash and the options that make a setting, as text."""
     settings = []
     words = iter(content["argv"])
     for word in words:
@@ -33,7 +33,7 @@ def setting_of(content):
         if option not in IGNORED:
             settings.append(f"{option} {value}")
     data_name = Path(content["data"]["path"]).name.split(".")[0]
-    return f"{data_name}: {' '.join(sorted(settings))}"
+    return f"{data_name} {content['data']['sha256'][:4]}: {' '.join(sorted(settings))}"
 
 
 def collect(root):
@@ -78,17 +78,17 @@ def text_table(groups):
     return rows
 
 
-def class_table(groups):
-    """The lines of F1 by class of all settings and models."""
-    rows = []
+def class_tables(groups):
+    """The lines of F1 by class, a table for each set of classes."""
+    tables = defaultdict(list)
     for (setting, model), tests in groups.items():
         if model == "mean":
             continue
         row = {"设置": setting, "模型": title_of(model)}
         for label in tests[0]["per_class"]:
             row[label] = spread([test["per_class"][label]["f1"] for test in tests], 3)
-        rows.append(row)
-    return rows
+        tables[tuple(row)].append(row)
+    return list(tables.values())
 
 
 def temp_table(groups):
@@ -120,7 +120,8 @@ def main():
     parser.add_argument("runs", type=Path, help="folder of the runs' --out folders")
     args = parser.parse_args()
     groups = collect(args.runs)
-    tables = [text_table(groups["text"]), class_table(groups["text"]), temp_table(groups["temp"])]
+    text = groups["text"]
+    tables = [text_table(text), *class_tables(text), temp_table(groups["temp"])]
     tables = [rows for rows in tables if rows]
     if not tables:
         raise UserError(f"{args.runs} holds no metrics.json of a run; name the folder of runs")
