@@ -156,8 +156,6 @@ def run_script(main):
     except (UserError, OSError) as error:
         message = f"error: {error}"
         status = 2
-        if isinstance(error, OSError):  # perhaps of stdout: a full disk, or a pipe that was closed
-            sys.stdout = None
     except KeyboardInterrupt:
         message = "interrupted; with --resume a training goes on after its last finished epoch"
         status = 130
