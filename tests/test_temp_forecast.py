@@ -365,6 +365,22 @@ def test_the_band_holds_80_percent_of_the_validation_errors(saved, part_errors):
     assert np.allclose(saved["band"], band, atol=1e-5)
 
 
+def test_the_errors_of_a_part_by_hand():
+    forecasts = dict.fromkeys(temp_forecast.BASELINES, np.array([[1.0, 1.0], [1.0, 5.0]]))
+    forecasts["model"] = np.array([[0.0, 2.0], [0.0, -4.0]])
+    band = np.array([[-2.0, -2.0], [0.0, 0.0]])
+    entry = temp_forecast.part_errors(np.zeros((2, 2)), forecasts, band)
+    baselines = entry.pop("baselines")
+    assert entry == {
+        "windows": 2,
+        "mean_error": 1.5,
+        "median_error": 1,
+        "rmse": pytest.approx(5**0.5),
+        "coverage_80": 0.75,  # the errors are 0, -2, 0 and 4
+    }
+    assert baselines["linear"] == {"mean_error": 2, "median_error": 1}
+
+
 def test_the_metrics_are_those_of_the_predictions(rnn_run, predictions, read_json):
     entry = read_json(rnn_run / "metrics.json")["test"]["segments"]
     errors = np.abs(predictions.truth - predictions.forecast)
@@ -378,12 +394,16 @@ def test_the_metrics_are_those_of_the_predictions(rnn_run, predictions, read_jso
 def test_the_comparison_says_what_each_network_adds_to_the_ridge(train, tmp_path, read_json):
     train(tmp_path, "--model=all", "--epochs=1")
     rows = read_json(tmp_path / "temp_all" / "comparison.json")["rows"]
-    errors = {row["model"]: row["segments, mean"] for row in rows}
+    means = {row["model"]: row["segments, mean"] for row in rows}
+    medians = {row["model"]: row["daily origins, median"] for row in rows}
     for cell in ["RNN", "GRU", "LSTM"]:
-        metrics = read_json(tmp_path / f"temp_{cell.lower()}" / "metrics.json")
-        error = metrics["test"]["segments"]["mean_error"]
-        assert errors[f"linear + {cell}"] == error
-        assert errors[f"linear + {cell}, minus linear"] == error - errors["linear"]
+        test = read_json(tmp_path / f"temp_{cell.lower()}" / "metrics.json")["test"]
+        error = test["segments"]["mean_error"]
+        baselines = test["daily_origins"]["baselines"]
+        assert means[f"linear + {cell}"] == error
+        assert means[f"linear + {cell}, minus linear"] == error - means["linear"]
+        assert medians[f"linear + {cell}"] == test["daily_origins"]["median_error"]
+        assert medians["seasonal naive"] == baselines["seasonal_naive"]["median_error"]
 
 
 def test_no_test_value_reaches_training(train, saved, days, tmp_path):
@@ -407,7 +427,9 @@ def test_a_second_run_of_all_removes_the_results_of_all_before_it_trains(
     assert list(tmp_path.glob("*/*")) == []
 
 
-def test_a_resumed_run_is_the_run_left_alone(train, rnn_run, outcome, tmp_path, monkeypatch):
+def test_a_resumed_run_is_the_run_left_alone(
+    train, rnn_run, outcome, tmp_path, monkeypatch, capsys
+):
     save = runs.save_checkpoint
 
     def save_one_epoch(path, content):
@@ -419,8 +441,10 @@ def test_a_resumed_run_is_the_run_left_alone(train, rnn_run, outcome, tmp_path, 
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path)
     monkeypatch.undo()
+    capsys.readouterr()
     run = train(tmp_path, "--resume")
     assert outcome(run) == outcome(rnn_run)
+    assert "epoch  1 " not in capsys.readouterr().out
 
 
 # --- hours --------------------------------------------------------------------------------------

@@ -479,7 +479,9 @@ def test_a_second_run_of_all_removes_the_results_of_all_before_it_trains(
     assert list(tmp_path.glob("*/*")) == []
 
 
-def test_a_stopped_and_resumed_run_ends_as_if_left_alone(train, outcome, tmp_path, monkeypatch):
+def test_a_stopped_and_resumed_run_ends_as_if_left_alone(
+    train, outcome, tmp_path, monkeypatch, capsys
+):
     options = "--epochs 3 --fall-steps 99"  # the first epoch is the best
     alone = train(tmp_path / "alone", "bi_lstm", options)
     # Two epochs are saved, then the user stops the run while it saves the third.
@@ -488,8 +490,10 @@ def test_a_stopped_and_resumed_run_ends_as_if_left_alone(train, outcome, tmp_pat
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(run, "save_checkpoint", save)
         train(tmp_path / "stopped", "bi_lstm", options)
+    capsys.readouterr()
     resumed = train(tmp_path / "stopped", "bi_lstm", f"{options} --resume")
     assert outcome(resumed) == outcome(alone)
+    assert "epoch  2 " not in capsys.readouterr().out
 
 
 START = """
