@@ -275,8 +275,8 @@ def fast_form_agrees(cell):
 
     Compares the hidden states of both, and the gradients of a random sum of them, for small random
     inputs and parameters, on the CPU in double precision (`tests/test_bptt.py` compares them in
-    single precision). Where they differ, or there is no fast form, a line on stderr says that the
-    loop runs.
+    single precision). Where they differ, there is no fast form, or the loop cannot compute such a
+    batch, a line on stderr says that the loop runs.
     """
     if bptt.NUM_GATES.get(cell) != len(GATES[cell]):  # a new cell, or one with another gate
         print(f"{cell}: no fast form in support/bptt.py; the loop runs", file=sys.stderr)
@@ -297,8 +297,8 @@ def fast_form_agrees(cell):
     by_fast_form = fast_states(cell, inputs, state, weights, lengths)
     try:
         by_loop = loop_states(cell, inputs, state, weights, lengths)
-    except Exception:  # changed so that only the training's sizes or single precision fit
-        by_loop = torch.tensor(0.0)
+    except Exception:  # for example, a changed loop makes a state in single precision
+        by_loop = torch.empty(0)  # differs from all states; a real mistake shows in training
     agrees = by_loop.shape == by_fast_form.shape
     agrees = agrees and torch.allclose(by_loop, by_fast_form)
     if agrees:

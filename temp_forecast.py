@@ -123,9 +123,9 @@ def read_stamps(column, path):
     is_wrong = (stamps.isna() | is_far).to_numpy()
     if is_wrong.any():
         row = is_wrong.argmax()
-        date = f"{path}: row {row + 1} has the date '{column.iloc[row]}'"
+        finding = f"{path}: row {row + 1} has the date '{column.iloc[row]}'"
         reason = "unreadable or centuries from the others; write 31.12.2009 23:50:00"
-        raise UserError(f"{date}, {reason}")
+        raise UserError(f"{finding}, {reason}")
     return pd.DatetimeIndex(stamps)
 
 
@@ -198,13 +198,12 @@ def prepare(args, series, path):
         starts[part], left_out = window_starts(is_complete, first, end, length, stride)
         print(f"{part}: {len(starts[part])} windows, {left_out} with missing values left out")
         if len(starts[part]) < 5:
-            found = f"{len(starts[part])} whole, {left_out} with missing values"
+            counts = f"{len(starts[part])} whole, {left_out} with missing values"
+            problem = f"{path} has too few windows for {part}: {counts}; 5 whole ones are needed"
             remedy = "name a longer or more complete file, or lower --train-years"
             if args.features == "all":
                 remedy += ", or leave out --features all"
-            raise UserError(
-                f"{path} has too few windows for {part}: {found}; 5 whole ones are needed: {remedy}"
-            )
+            raise UserError(f"{problem}: {remedy}")
     return Weather(index, columns, values, steps_a_day, train_end, starts)
 
 
@@ -573,8 +572,8 @@ def test(run, model, weather, base, linear, data):
     print(table.to_string(float_format="{:.3f}".format))
     for part, entry in entries.items():
         print(f"{part}: {entry['windows']} windows, {entry['coverage_80']:.1%} in the 80 % band")
-    errors = f"mean error {lead_24h['model']:.3f}, linear {lead_24h['linear']:.3f}"
-    print(f"24 hours ahead, from every step: {errors}\n")
+    means = f"mean error {lead_24h['model']:.3f}, linear {lead_24h['linear']:.3f}"
+    print(f"24 hours ahead, from every step: {means}\n")
     draw(run, weather, forecasts, band, f"{title}{runs.sample_note(data)}")
     print(f"results in {run.folder}: open forecasts.png and lead_time.png; forecast with")
     print(f'  python temp_forecast.py --checkpoint "{run.folder}/best.pt" --predict recent.csv')
@@ -781,8 +780,10 @@ def main():
     linear = fit_linear(weather)  # with --base mean it is a baseline in the table
     base = linear if args.base == "linear" else Base(fit_scaling("mean", weather))
     cells = list(CELLS) if args.model == "all" else [args.model]
-    if not args.resume:  # of all structures at once: --resume must find none of an earlier run
-        runs.remove_results(args.out / f"temp_{name}" for name in {args.model, *cells})
+    if not args.resume:
+        # All before the first training, so that a later --resume finds nothing of an earlier run.
+        names = {args.model, *cells}  # with "all", the folder of the comparison is among them
+        runs.remove_results(args.out / f"temp_{name}" for name in names)
     results = []
     for cell in cells:
         config = make_config(args, cell, weather, base, data)

@@ -562,7 +562,7 @@ def compare(args, reviews, results, reach):
     }
     cells = [metrics["model"] for metrics, _ in results]
     runs.write_comparison(args.out, "text", cells, content, panels)
-    if any(reach.values()):
+    if any(reach.values()):  # if some texts were long enough
         title = f"--pool {args.pool}, validation texts{suffix}"
         plots.draw_gradients(args.out / "text_all" / "gradients.png", reach, title)
 
@@ -633,8 +633,10 @@ def main():
     vocabularies, corpus = make_corpus(args, reviews, device)
 
     cells = list(CELLS) if args.model == "all" else [args.model]
-    if not args.resume:  # of all structures at once: --resume must find none of an earlier run
-        runs.remove_results(args.out / f"text_{name}" for name in {args.model, *cells})
+    if not args.resume:
+        # All before the first training, so that a later --resume finds nothing of an earlier run.
+        names = {args.model, *cells}  # with "all", the folder of the comparison is among them
+        runs.remove_results(args.out / f"text_{name}" for name in names)
     results = []
     reach = {}
     for cell in cells:

@@ -177,7 +177,8 @@ def read_table(path, options):
             frame = pd.read_csv(
                 io.StringIO(text), sep=separator, decimal=decimal, index_col=False, **options
             )
-        if decimal == "," and "dtype" not in options:  # in a column that has texts, too
+        if decimal == "," and "dtype" not in options:
+            # One text in a column, and pandas leaves its numbers as texts with a comma.
             frame = frame.replace(r"^\s*([+-]?\d+),(\d+)\s*$", r"\1.\2", regex=True)
         if frame.empty:
             raise UserError(f"{path} has no rows under its header; name another file")

@@ -151,7 +151,7 @@ def run_script(main):
         sys.stdout.reconfigure(errors="replace")  # a console that lacks a character shows "?"
     try:
         main()
-        sys.stdout.flush()
+        sys.stdout.flush()  # shows a full disk or a closed pipe now, not at the exit
         return
     except (UserError, OSError) as error:
         message = f"error: {error}"

@@ -59,7 +59,7 @@ def test_the_header_tells_the_separator_and_the_decimal_sign(tmp_path, separator
     assert frame.to_dict("list") == {"Date Time": ["monday"], "T": [-0.5]}
 
 
-def test_a_text_among_numbers_with_a_decimal_comma_leaves_them_numbers(tmp_path):
+def test_a_decimal_comma_becomes_a_point_beside_a_text_too(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("Date Time;T\n31.12.2009;-0,5\n01.01.2010;-\n02.01.2010;1,25\n")
     frame, _ = load(CLIMATE, path)

@@ -148,19 +148,22 @@ def test_a_mistake_of_the_user_ends_with_one_line(capsys):
     assert capsys.readouterr().err == "error: two lines\n"
 
 
-def test_a_full_disk_ends_with_one_line(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "stdout", sys.stdout)  # the script may close it
+def test_a_full_disk_ends_with_one_line(capsys):
     assert exit_status_of(OSError(28, "No space left on device")) == 2
     assert capsys.readouterr().err == "error: [Errno 28] No space left on device\n"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such pipes")
-def test_a_reader_who_has_gone_away_ends_a_script_with_one_line():
+def test_a_reader_who_has_gone_away_ends_a_script_with_one_line(pytestconfig):
     script = "from support import options; options.run_script(lambda: print('好'))"
     read_end, write_end = os.pipe()
     os.close(read_end)
     result = subprocess.run(
-        [sys.executable, "-c", script], stdout=write_end, stderr=subprocess.PIPE, check=False
+        [sys.executable, "-c", script],
+        cwd=pytestconfig.rootpath,
+        stdout=write_end,
+        stderr=subprocess.PIPE,
+        check=False,
     )
     os.close(write_end)
     assert result.returncode == 2
