@@ -17,7 +17,6 @@ import math
 import sys
 from collections import Counter
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 import jieba
@@ -176,60 +175,65 @@ def cached_words(texts, sha256):
 # --- words to ids -------------------------------------------------------------------------------
 
 
-def tokenize(cuts, kind):
-    """Tokens of texts cut into words: {aspect: all texts' tokens in a row}, and the number of
-    tokens of each text.
+def tokenize(cut, kind):
+    """The tokens of a text that is cut into words: {aspect: list of T tokens}.
 
     kind "word": a token is a word. Otherwise a token is a character, and kind names its aspects,
     which have a vocabulary and an embedding each: "word", the word that it is in; "char", the
     character itself; "pair", it and the next one (at a text's end, itself alone). A text without
     words becomes one unknown token.
     """
-    cuts = [cut or ["\0"] for cut in cuts]  # "\0" is in no vocabulary
+    cut = cut or ["\0"]  # in no vocabulary
     if kind == "word":
-        return {"word": list(chain.from_iterable(cuts))}, [len(cut) for cut in cuts]
+        return {"word": cut}
     words = []
-    characters = []
-    pairs = []
-    num_tokens = []
-    for cut in cuts:
-        for word in cut:
-            words += [word] * len(word)  # each of its characters has it
-        text = "".join(cut)
-        characters += text
-        pairs += [text[i : i + 2] for i in range(len(text))]
-        num_tokens.append(len(text))
-    tokens = {"word": words, "char": characters, "pair": pairs}
-    return {aspect: tokens[aspect] for aspect in kind.split("+")}, num_tokens
+    for word in cut:
+        words += [word] * len(word)  # each of its characters has it
+    text = "".join(cut)
+    pairs = [text[i : i + 2] for i in range(len(text))]
+    tokens = {"word": words, "char": list(text), "pair": pairs}
+    return {aspect: tokens[aspect] for aspect in kind.split("+")}
 
 
 def build_vocabularies(cuts, kind):
     """{aspect: its frequent tokens, most frequent first} of the training texts; ids begin at 2."""
-    tokens, _ = tokenize(cuts, kind)
-    tokens["word"] = chain.from_iterable(cuts)  # a word counts once, however long it is
+    counts = {aspect: Counter() for aspect in kind.split("+")}
+    for cut in cuts:
+        tokens = tokenize(cut, kind)
+        tokens["word"] = cut  # a word counts once, however long it is
+        for aspect, counter in counts.items():
+            counter.update(tokens[aspect])
     vocabularies = {}
-    for aspect, values in tokens.items():
-        counts = Counter(values).most_common()
-        vocabularies[aspect] = [token for token, n in counts if n >= MIN_FREQ[aspect]]
+    for aspect, counter in counts.items():
+        frequent = [token for token, n in counter.most_common() if n >= MIN_FREQ[aspect]]
+        vocabularies[aspect] = frequent
     return vocabularies
 
 
-def encode(tokens, vocabularies):
-    """The ids of tokens, (all tokens, aspects) int32; UNK for those not in the vocabularies."""
-    columns = []
+def encode(cuts, kind, vocabularies):
+    """The ids of texts that are cut into words: for each text a tensor (T, aspects) of int32.
+
+    A token that is not in its vocabulary is UNK.
+    """
+    ids = {}
     for aspect, vocabulary in vocabularies.items():
-        ids = {token: number for number, token in enumerate(vocabulary, start=UNK + 1)}
-        columns.append([ids.get(token, UNK) for token in tokens[aspect]])
-    return np.column_stack(columns).astype(np.int32)
+        ids[aspect] = {token: number for number, token in enumerate(vocabulary, start=UNK + 1)}
+    texts = []
+    for cut in cuts:
+        columns = []
+        for aspect, tokens in tokenize(cut, kind).items():
+            columns.append([ids[aspect].get(token, UNK) for token in tokens])
+        texts.append(torch.from_numpy(np.array(columns, dtype=np.int32).T))
+    return texts
 
 
 class Corpus:
     """The ids of all texts, and the batches made of them."""
 
-    def __init__(self, ids, num_tokens, labels, device):
-        """ids (all tokens, aspects) of `encode`; num_tokens of each text; labels (texts,)."""
-        self.ids = torch.from_numpy(ids).split(num_tokens)  # (tokens, aspects) of each text
-        self.lengths = torch.tensor(num_tokens).clamp(max=MAX_TOKENS)
+    def __init__(self, texts, labels, device):
+        """texts: a tensor (T, aspects) each, of `encode`; labels: (texts,)."""
+        self.texts = [ids[:MAX_TOKENS] for ids in texts]
+        self.lengths = torch.tensor([len(ids) for ids in self.texts])
         self.labels = torch.from_numpy(labels)
         self.device = device
 
@@ -246,7 +250,7 @@ class Corpus:
 
     def batch(self, rows):
         """tokens (T, B, aspects), padded to the longest, lengths (B,) and labels (B,)."""
-        texts = [self.ids[row][:MAX_TOKENS] for row in rows.tolist()]
+        texts = [self.texts[row] for row in rows.tolist()]
         tokens = pad_sequence(texts, padding_value=PAD)
         batch = (tokens, self.lengths[rows], self.labels[rows])
         # non_blocking: a GPU's earlier steps are not waited for.
@@ -258,9 +262,8 @@ def make_corpus(args, reviews, device):
     cuts = cached_words(reviews.texts, reviews.data["sha256"])
     train_cuts = [cuts[row] for row in reviews.split["train"].tolist()]
     vocabularies = build_vocabularies(train_cuts, args.tokens)
-    tokens, num_tokens = tokenize(cuts, args.tokens)
-    ids = encode(tokens, vocabularies)
-    return vocabularies, Corpus(ids, num_tokens, reviews.labels, device)
+    texts = encode(cuts, args.tokens, vocabularies)
+    return vocabularies, Corpus(texts, reviews.labels, device)
 
 
 # --- the model ----------------------------------------------------------------------------------
@@ -396,7 +399,7 @@ def train(args, config, reviews, corpus):
 def probabilities(model, corpus, rows):
     """Class probabilities (n, K) of the texts in rows (n,), in their order, on the CPU."""
     model.eval()
-    by_row = torch.empty(len(corpus.ids), len(model.recurrence.b_q))  # (texts, K)
+    by_row = torch.empty(len(corpus.texts), len(model.recurrence.b_q))  # (texts, K)
     for batch in corpus.by_length(rows, 128):
         tokens, lengths, _ = corpus.batch(batch)
         by_row[batch] = model(tokens, lengths).softmax(dim=1).cpu()
@@ -608,10 +611,9 @@ def read_lines():
 
 def classify_cuts(cuts, model, config, device):
     """The probabilities (n, K) that a saved model gives to texts cut into words."""
-    tokens, num_tokens = tokenize(cuts, config["tokens"])
-    ids = encode(tokens, config["vocabularies"])
+    texts = encode(cuts, config["tokens"], config["vocabularies"])
     labels = np.zeros(len(cuts), np.int64)  # not known
-    corpus = Corpus(ids, num_tokens, labels, device)
+    corpus = Corpus(texts, labels, device)
     return probabilities(model, corpus, torch.arange(len(cuts)))
 
 

@@ -112,24 +112,25 @@ def test_a_damaged_cache_is_ignored(damaged, cache):
     assert cached_words(["屏幕清晰"], "hash") == [["屏幕", "清晰"]]
 
 
-CUTS = [["很", "清晰"], [], ["好"]]
+@pytest.mark.parametrize("kind", ["word", "word+char"])
+def test_a_text_without_words_is_one_token(kind):
+    assert set(tokenize([], kind)) == set(kind.split("+"))
+    assert all(tokens == ["\0"] for tokens in tokenize([], kind).values())
 
 
-def test_tokens_are_words_and_an_empty_text_is_one_unknown_token():
-    expected = {"word": ["很", "清晰", "\0", "好"]}
-    assert tokenize(CUTS, "word") == (expected, [2, 1, 1])
+def test_tokens_are_words():
+    assert tokenize(["很", "清晰"], "word") == {"word": ["很", "清晰"]}
 
 
 def test_or_tokens_are_characters_beside_their_words():
-    words = ["很", "清晰", "清晰", "\0", "好"]
-    expected = {"word": words, "char": list("很清晰\0好")}
-    assert tokenize(CUTS, "word+char") == (expected, [3, 1, 1])
+    tokens = tokenize(["很", "清晰"], "word+char")
+    assert tokens == {"word": ["很", "清晰", "清晰"], "char": ["很", "清", "晰"]}
 
 
-def test_a_pair_is_a_character_and_the_next_one_of_the_same_text():
-    tokens, _ = tokenize(CUTS, "word+char+pair")
+def test_a_pair_is_a_character_and_the_next_one_of_the_text():
+    tokens = tokenize(["很", "清晰"], "word+char+pair")
     assert list(tokens) == ["word", "char", "pair"]
-    assert tokens["pair"] == ["很清", "清晰", "晰", "\0", "好"]
+    assert tokens["pair"] == ["很清", "清晰", "晰"]
 
 
 def test_a_vocabulary_holds_what_is_there_twice_the_most_frequent_first():
@@ -146,9 +147,11 @@ def test_a_pair_must_be_there_twenty_times():
 
 
 def test_ids_begin_at_2_and_1_is_unknown():
-    tokens = {"word": ["很", "好", "屏"]}
-    ids = text_classify.encode(tokens, {"word": ["好", "很"]})
-    assert ids.tolist() == [[3], [2], [1]]
+    vocabularies = {"word": ["好", "清晰"], "char": ["晰", "好"]}
+    texts = text_classify.encode([["很", "清晰", "好"], []], "word+char", vocabularies)
+    first, without_words = texts
+    assert first.tolist() == [[1, 1], [3, 1], [3, 2], [2, 3]]
+    assert without_words.tolist() == [[1, 1]]
 
 
 # --- batches ------------------------------------------------------------------------------------
@@ -158,9 +161,9 @@ LENGTHS = np.random.default_rng(0).permutation(100) + 1  # 1 to 100 in random or
 
 def numbered_corpus(lengths):
     """A corpus whose tokens are numbered 1, 2, 3, ... through all texts."""
-    ids = np.arange(sum(lengths), dtype=np.int32)[:, None] + 1
+    ids = torch.arange(sum(lengths))[:, None] + 1
     labels = np.arange(len(lengths))
-    return Corpus(ids, list(lengths), labels, device="cpu")
+    return Corpus(ids.split(list(lengths)), labels, device="cpu")
 
 
 def test_a_batch_is_padded_with_0_and_texts_are_cut_after_256_tokens():
