@@ -1,9 +1,10 @@
 """RNN, GRU, LSTM and Bi-LSTM as the lecture writes them: parameter lists and plain loops.
 
 T steps, B sequences, D inputs, h hidden units, Q outputs. Inputs are time-major (T, B, D).
-Each cell is a function of (inputs, state, params) and returns (outputs, state), outputs (T, B, Q).
-The equations are those of Dive into Deep Learning, chapters 9 and 10. Below the cells: their
-parameters, the clipping of gradients, `Recurrence`, a cell as a module, and pooling over time.
+Each cell is a function of (inputs, state, params), its loop over the steps, and returns (outputs,
+state), outputs (T, B, Q). The equations are those of Dive into Deep Learning, chapters 9 and 10.
+Below the cells: their parameters, the clipping of gradients, a cell as a module (`Recurrence`), and
+pooling over time. There, `cell` is a cell's name, "lstm" for example.
 """
 
 import sys
@@ -77,7 +78,7 @@ def bi_lstm(inputs, state, params, lengths=None):
     """Two LSTMs, one from the first step to the last, one back: Y = [H, H_b] W_hq + b_q.
 
     inputs (T, B, D), state ((H, C), (H_b, C_b)) of (B, h) each; lengths (B,) for sequences padded
-    on the right: the backward LSTM then starts at the last step of each sequence itself.
+    on the right: the backward LSTM then starts at each sequence's last step, not in the padding.
     Returns outputs (T, B, Q) and the last states of both, which have read the padding too.
     """
     *weights, W_hq, b_q = params
@@ -117,7 +118,8 @@ def reverse(sequences, lengths=None):
 # --- parameters ---------------------------------------------------------------------------------
 
 # A new cell is a function above and an entry in both tables; `--model` then offers it. A name that
-# begins with "bi_" has the gates of both directions, and its function takes `lengths`.
+# begins with "bi_" has the gates of both directions, and its function takes `lengths`. The bias of
+# a gate "f" starts at 1, so that the cell keeps its memory.
 CELLS = {"rnn": rnn, "gru": gru, "lstm": lstm, "bi_lstm": bi_lstm}
 # The gates and the candidate (h or c), in the order of the parameter list; each has W_x*, W_h* and
 # b_*. A cell with a candidate "c" has a memory C beside its state H.
@@ -175,9 +177,11 @@ def init_state(cell, batch_size, num_hiddens, device=None, dtype=None):
     Raises ValueError for an unknown cell.
     """
     directions = num_directions(cell)
-    num_tensors = 2 if "c" in GATES[cell] else 1  # H and C, or H
-    shape = (directions, num_tensors, batch_size, num_hiddens)
-    states = [tuple(tensors) for tensors in torch.zeros(shape, device=device, dtype=dtype)]
+    names = "HC" if "c" in GATES[cell] else "H"
+    states = []
+    for _ in range(directions):
+        zeros = [torch.zeros(batch_size, num_hiddens, device=device, dtype=dtype) for _ in names]
+        states.append(tuple(zeros))
     return tuple(states) if directions == 2 else states[0]
 
 
@@ -207,8 +211,8 @@ class Recurrence(nn.Module):
 
     The loop above defines the hidden states. `bptt` has a faster form of the four cells, with
     gradients derived by hand; it runs only as long as it gives the loop's numbers
-    (`fast_form_agrees`). Models take H, pool it and apply `output`, which repeats the loop's last
-    line: whoever changes Y = H @ W_hq + b_q must change `output`, too.
+    (`fast_form_agrees`). Models take H, pool it and apply `output`. Both `hidden_states` and
+    `output` rely on the loop's last line, Y = H @ W_hq + b_q: whoever changes it must change them.
     """
 
     def __init__(self, cell, num_inputs, num_hiddens, num_outputs):
@@ -263,9 +267,9 @@ def fast_states(cell, inputs, state, weights, lengths=None):
     """What `loop_states` gives, by `bptt`: the directions side by side, in the precision of the
     parameters."""
     if num_directions(cell) == 1:
-        return bptt.hidden_states(cell, inputs[None], [state], weights)[0]
+        return bptt.fast_hidden_states(cell, inputs[None], [state], weights)[0]
     both_inputs = torch.stack([inputs, reverse(inputs, lengths)])  # (2, T, B, D)
-    H, H_b = bptt.hidden_states(cell, both_inputs, state, weights)
+    H, H_b = bptt.fast_hidden_states(cell, both_inputs, state, weights)
     return torch.cat([H, reverse(H_b, lengths)], dim=2)
 
 
@@ -273,9 +277,9 @@ def fast_states(cell, inputs, state, weights, lengths=None):
 def fast_form_agrees(cell):
     """Whether `bptt` has a form of this cell that gives the loop's numbers and gradients.
 
-    Compares the hidden states of both, and the gradients of a random sum of them, for small random
-    inputs and parameters, on the CPU in double precision (`tests/test_bptt.py` compares them in
-    single precision). Where they differ, there is no fast form, or the loop cannot compute such a
+    Compares the hidden states of both, and the gradients of a weighted sum of them, for small
+    random inputs and parameters, on the CPU in double precision (`tests/test_bptt.py` has single
+    precision, too). Where they differ, there is no fast form, or the loop cannot compute such a
     batch, a line on stderr says that the loop runs.
     """
     if bptt.NUM_GATES.get(cell) != len(GATES[cell]):  # a new cell, or one with another gate
@@ -293,6 +297,7 @@ def fast_form_agrees(cell):
     inputs, *weights = leaves
     state = init_state(cell, B, h, dtype=torch.float64)
     lengths = torch.tensor([T, 20, 40])
+    # The weights of the sum; they have gradients, so even that of a loop without gradients has one.
     factors = random(T, B, h * num_directions(cell))
     by_fast_form = fast_states(cell, inputs, state, weights, lengths)
     try:
@@ -326,7 +331,7 @@ def pool_states(states, lengths, pool, bidirectional=False):
     not count. lengths (B,), each at least 1; width: h, or 2h if bidirectional.
 
     "last" is the state that has read everything: at the sequence's end, and for the backward half
-    of a bidirectional cell at its beginning. "mean" and "max" go over all steps.
+    of a bidirectional cell at its beginning. "mean" and "max" go over the steps before the padding.
     Raises ValueError for another `pool`.
     """
     if pool not in POOLS:

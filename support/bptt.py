@@ -1,18 +1,18 @@
 """Back-propagation through time by hand (Werbos 1990): RNN, GRU and LSTM with derived gradients.
 
-`hidden_states` computes what the loops of `rnn_models` compute, but autograd sees one node:
+`fast_hidden_states` computes what the loops of `rnn_models` compute, but autograd sees one node:
 `forward` runs the recurrence, `backward` goes from the last step to the first. The large products
 that need no other step stand outside the loop: that of all inputs with W_x before it, those for the
 gradients of the weights after it.
 
 G directions side by side, T steps, B sequences, D inputs, h units. X is a step's input, H its
-state, H_prev the state before. dV is the gradient of the loss with respect to V, dY the part of dH
-that does not come from the next step, A the sum inside a gate, s the logistic sigmoid, * the
-elementwise product.
-W_x, W_h and b hold all gates side by side, the LSTM's for example W_x = [W_xi W_xf W_xo W_xc]. The
-gates' values lie so, too: I, F, O and IFO = [I F O] are views of the same memory, so to write IFO
-is to write I, F and O. dI, dF and dO lie where dA_ifo lies: they are written first, and
-`sigmoid_backward` turns them into dA_i, dA_f and dA_o in place.
+state, H_prev the state before. A is the sum inside a gate, s the logistic sigmoid, * the
+elementwise product. dV is the gradient of the loss with respect to V. dH has two parts: dH_out,
+that of the step's output, and dH_next, what the next step passes back.
+W_x, W_h and b hold all gates and the candidate side by side, the LSTM's for example
+W_x = [W_xi W_xf W_xo W_xc]. The gates' values lie so, too: I, F, O and IFO = [I F O] are views of
+the same storage, so to write IFO is to write I, F and O. Their gradients dI, dF, dO and dIFO
+likewise lie where dA lies: `sigmoid_backward` turns dIFO into dA_i, dA_f and dA_o in place.
 """
 
 import torch
@@ -27,7 +27,7 @@ MINUS_ONE = torch.tensor(-1.0)
 
 
 def tanh(A, out):
-    """tanh(A); float32 on the CPU as 2 s(2A) - 1, faster there, with errors below 2e-7."""
+    """tanh(A); float32 on the CPU as 2 s(2A) - 1, faster there, with absolute errors below 2e-7."""
     if A.is_cpu and A.dtype == torch.float32:
         torch.sigmoid(A + A, out=out)
         return torch.add(MINUS_ONE, out, alpha=2, out=out)  # -1 + 2 out, in one pass
@@ -80,21 +80,21 @@ class RNN(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dY_all):
+    def backward(ctx, dH_out_all):
         inputs, W_x, W_h, H_0, states = ctx.saved_tensors
         dA_all = torch.empty_like(states)
-        dH = torch.zeros_like(H_0)  # what the next step passes back
-        steps = by_step(states, dY_all, dA_all)
-        for H, dY, dA in reversed(steps):
-            # dH = dY + dH;  dA = dH * (1 - H^2)
-            dH = dY + dH
+        dH_next = torch.zeros_like(H_0)
+        steps = by_step(states, dH_out_all, dA_all)
+        for H, dH_out, dA in reversed(steps):
+            # dH = dH_out + dH_next;  dA = dH * (1 - H^2)
+            dH = dH_out + dH_next
             tanh_backward(dH, H, grad_input=dA)
-            # dH_prev = dA W_h^T
-            dH = torch.bmm(dA, W_h.mT)
+            # dH_prev = dA W_h^T, which the step before calls dH_next
+            dH_next = torch.bmm(dA, W_h.mT)
         dX, dW_x, db = input_gradients(inputs, W_x, dA_all)
         # dW_h = sum of H_prev^T dA
         dW_h = sum_of_products(before(H_0, states), dA_all)
-        return dX, dW_x, dW_h, db, dH  # dH now belongs to H_0
+        return dX, dW_x, dW_h, db, dH_next  # the last: of H_0
 
 
 class GRU(Function):
@@ -125,41 +125,42 @@ class GRU(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dY_all):
+    def backward(ctx, dH_out_all):
         inputs, W_x, W_h, H_0, gates, states = ctx.saved_tensors
         h = H_0.shape[2]
         W_hzr, W_hh = W_h.split([2 * h, h], dim=2)
         H_before = before(H_0, states)
         dA_all = torch.empty_like(gates)
         dA_zr_all = dA_all[..., : 2 * h]
-        dH = torch.zeros_like(H_0)  # what the next step passes back
+        dH_next = torch.zeros_like(H_0)
         values = by_step(gates[..., : 2 * h], *gates.chunk(3, dim=3), H_before)
-        gradients = by_step(dY_all, dA_zr_all, *dA_all.chunk(3, dim=3))
+        gradients = by_step(dH_out_all, dA_zr_all, *dA_all.chunk(3, dim=3))
         for t in reversed(range(len(values))):
             ZR, Z, R, H_tilde, H_prev = values[t]
-            dY, dA_zr, dZ, dR, dA_h = gradients[t]
-            # dH = dY + dH;  dH~ = dH * (1 - Z);  dA_h = dH~ * (1 - H~^2);  dM = dA_h W_hh^T
-            dH = dY + dH
+            dH_out, dZR, dZ, dR, dA_h = gradients[t]
+            # dH = dH_out + dH_next;  dH~ = dH * (1 - Z)
+            dH = dH_out + dH_next
             dH_Z = dH * Z
             dH_tilde = dH - dH_Z
+            # dA_h = dH~ * (1 - H~^2);  dM = dA_h W_hh^T
             tanh_backward(dH_tilde, H_tilde, grad_input=dA_h)
             dM = torch.bmm(dA_h, W_hh.mT)
             # dZ = dH * (H_prev - H~);  dR = dM * H_prev
             difference = H_prev - H_tilde
             torch.mul(dH, difference, out=dZ)
             torch.mul(dM, H_prev, out=dR)
-            # dA_zr = dZR * ZR * (1 - ZR), in place of dZ and dR
-            sigmoid_backward(dA_zr, ZR, grad_input=dA_zr)
+            # dA_z = dZ * Z * (1 - Z), dA_r likewise, in place of dZ and dR
+            dA_zr = sigmoid_backward(dZR, ZR, grad_input=dZR)
             # dH_prev = dH * Z + dM * R + dA_zr W_hzr^T
-            dH = dH_Z.addcmul_(dM, R)
-            dH.baddbmm_(dA_zr, W_hzr.mT)
+            dH_next = dH_Z.addcmul_(dM, R)
+            dH_next.baddbmm_(dA_zr, W_hzr.mT)
         dX, dW_x, db = input_gradients(inputs, W_x, dA_all)
         # dW_hzr = sum of H_prev^T dA_zr;  dW_hh = sum of M^T dA_h
         _, R_all, _ = gates.chunk(3, dim=3)
         dW_hzr = sum_of_products(H_before, dA_zr_all)
         dW_hh = sum_of_products(R_all * H_before, dA_all[..., 2 * h :])
         dW_h = torch.cat([dW_hzr, dW_hh], dim=2)
-        return dX, dW_x, dW_h, db, dH  # dH now belongs to H_0
+        return dX, dW_x, dW_h, db, dH_next  # the last: of H_0
 
 
 class LSTM(Function):
@@ -173,7 +174,7 @@ class LSTM(Function):
         h = H_0.shape[2]
         gates = input_product(inputs, W_x, b)  # X W_x + b, later I F O C~
         states = gates.new_empty(G, T, B, h)
-        # C and tanh(C); where no gradient is asked for, all steps share the memory of one.
+        # C and tanh(C); where no gradient is asked for, all steps share the storage of one.
         kept_steps = T if any(ctx.needs_input_grad) else 1
         memories, tanhs = gates.new_empty(2, G, kept_steps, B, h).expand(2, G, T, B, h)
         H = H_0  # (G, B, h)
@@ -184,7 +185,7 @@ class LSTM(Function):
             A, IFO, I, F, O, C_tilde = sums[t]
             H_new, C_new, tanh_C = results[t]
             # I = s(X W_xi + H_prev W_hi + b_i), F and O likewise
-            # In place is faster where A is one block; two directions have a gap between them.
+            # Of one direction, A is one block: in place is faster. Of two, it is two blocks.
             A_new = A.baddbmm_(H, W_h) if G == 1 else torch.baddbmm(A, H, W_h)  # (G, B, 4h)
             torch.sigmoid(A_new[..., : 3 * h], out=IFO)
             # C~ = tanh(X W_xc + H_prev W_hc + b_c)
@@ -200,45 +201,43 @@ class LSTM(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dY_all):
+    def backward(ctx, dH_out_all):
         inputs, W_x, W_h, H_0, C_0, gates, states, memories, tanhs = ctx.saved_tensors
         h = H_0.shape[2]
         dA_all = torch.empty_like(gates)
-        dH = torch.zeros_like(H_0)  # what the next step passes back, dC likewise
-        dC = torch.zeros_like(C_0)
+        dH_next = torch.zeros_like(H_0)
+        dC_next = torch.zeros_like(C_0)
         C_before = before(C_0, memories)
         values = by_step(gates[..., : 3 * h], *gates.chunk(4, dim=3), C_before, tanhs)
-        gradients = by_step(dY_all, dA_all, dA_all[..., : 3 * h], *dA_all.chunk(4, dim=3))
+        gradients = by_step(dH_out_all, dA_all, dA_all[..., : 3 * h], *dA_all.chunk(4, dim=3))
         for t in reversed(range(len(values))):
             IFO, I, F, O, C_tilde, C_prev, tanh_C = values[t]
-            dY, dA, dA_ifo, dI, dF, dO, dA_c = gradients[t]
-            # dH = dY + dH;  dC = dC + dH * O * (1 - tanh(C)^2)
-            dH = dY + dH
-            through_H = tanh_backward(dH * O, tanh_C, grad_input=dA_c)  # borrows dA_c's memory
-            dC = dC + through_H
+            dH_out, dA, dIFO, dI, dF, dO, dA_c = gradients[t]
+            # dH = dH_out + dH_next;  dC = dH * O * (1 - tanh(C)^2) + dC_next
+            dH = dH_out + dH_next
+            dC = torch.ops.aten.tanh_backward(dH * O, tanh_C) + dC_next
             # dI = dC * C~;  dF = dC * C_prev;  dO = dH * tanh(C)
             torch.mul(dC, C_tilde, out=dI)
             torch.mul(dC, C_prev, out=dF)
             torch.mul(dH, tanh_C, out=dO)
             # dA_i = dI * I * (1 - I), dA_f and dA_o likewise, in place of dI, dF and dO
-            sigmoid_backward(dA_ifo, IFO, grad_input=dA_ifo)
+            sigmoid_backward(dIFO, IFO, grad_input=dIFO)
             # dC~ = dC * I;  dA_c = dC~ * (1 - C~^2)
             tanh_backward(dC * I, C_tilde, grad_input=dA_c)
-            # dC_prev = dC * F
-            dC = dC * F
-            # dH_prev = dA W_h^T
-            dH = torch.bmm(dA, W_h.mT)
+            # dC_prev = dC * F;  dH_prev = dA W_h^T
+            dC_next = dC * F
+            dH_next = torch.bmm(dA, W_h.mT)
         dX, dW_x, db = input_gradients(inputs, W_x, dA_all)
         # dW_h = sum of H_prev^T dA
         dW_h = sum_of_products(before(H_0, states), dA_all)
-        return dX, dW_x, dW_h, db, dH, dC  # dH now belongs to H_0, dC to C_0
+        return dX, dW_x, dW_h, db, dH_next, dC_next  # the last two: of H_0 and C_0
 
 
 FORMS = {"rnn": RNN, "gru": GRU, "lstm": LSTM, "bi_lstm": LSTM}
 NUM_GATES = {"rnn": 1, "gru": 3, "lstm": 4, "bi_lstm": 4}
 
 
-def hidden_states(cell, inputs, first_states, weights):
+def fast_hidden_states(cell, inputs, first_states, weights):
     """Hidden states (G, T, B, h) of inputs (G, T, B, D), by the fast form of a cell.
 
     first_states: of each direction, (H,) or (H, C) of (B, h); weights: the parameters of the cell's

@@ -69,11 +69,11 @@ def read_json():
 
 @pytest.fixture(scope="session")
 def outcome():
-    """`outcome(run)`: a run's history without its times, and its best weights, to the last bit."""
+    """`outcome(folder)`: a run's history without times, and its best weights, to the last bit."""
 
-    def read(run):
-        history = pd.read_csv(run / "history.csv").drop(columns="seconds").to_csv()
-        weights = torch.load(run / "best.pt")["weights"]
+    def read(folder):
+        history = pd.read_csv(folder / "history.csv").drop(columns="seconds").to_csv()
+        weights = torch.load(folder / "best.pt")["weights"]
         return history, {name: tensor.tolist() for name, tensor in weights.items()}
 
     return read

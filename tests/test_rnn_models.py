@@ -121,6 +121,18 @@ def test_two_steps_of_the_gru_by_hand():
     assert_numbers(H, [-0.48035])
 
 
+def test_the_gru_resets_the_state_before_the_product_by_hand():
+    no_weights = [torch.zeros(1, 2), torch.zeros(2, 2)]
+    update_gate = [*no_weights, tensor([-100.0, -100.0])]  # Z = (0, 0)
+    reset_gate = [*no_weights, tensor([100.0, -100.0])]  # R = (1, 0)
+    swap = tensor([[0.0, 1.0], [1.0, 0.0]])
+    candidate = [torch.zeros(1, 2), swap, torch.zeros(2)]
+    params = [*update_gate, *reset_gate, *candidate, torch.eye(2), torch.zeros(2)]
+    _, (H,) = gru(INPUTS[:1], (tensor([[0.5, 0.25]]),), params)
+    # R * H = (0.5, 0), swapped (0, 0.5), and tanh(0.5) = 0.46212. Swapped first it is (0.25, 0).
+    assert_numbers(H[0], [0.0, 0.46212])
+
+
 def test_two_steps_of_the_lstm_by_hand():
     outputs, (H, C) = lstm(INPUTS, (H_0, C_0), [*LSTM_GATES, W_HQ, B_Q])
     # I = s(0.6 * 1 - 0.4 * 0.5 + 0.2) = s(0.6) = 0.64566
@@ -160,8 +172,8 @@ def lecture_params(layer, order):
     """torch's weights as the lecture's parameters, with outputs Y = H; order: of torch's gates."""
     params = []
     for W_x, W_h, b_x, b_h in layer.all_weights:  # of each direction
-        for gate in order:
-            rows = slice(gate * h, gate * h + h)
+        for number in order:
+            rows = slice(number * h, number * h + h)
             params += [W_x[rows].T, W_h[rows].T, b_x[rows] + b_h[rows]]
     width = h * len(layer.all_weights)
     return [*params, torch.eye(width).double(), torch.zeros(width)]
@@ -169,10 +181,9 @@ def lecture_params(layer, order):
 
 def assert_same_values_and_gradients(ours, theirs, leaves):
     assert_close(ours, theirs)
-    # The gradients of half the sum of all squares.
-    our_gradients = torch.autograd.grad(ours, leaves, grad_outputs=ours)
-    their_gradients = torch.autograd.grad(theirs, leaves, grad_outputs=theirs)
-    assert_close(our_gradients, their_gradients)
+    our_sum = sum(value.square().sum() for value in ours)
+    their_sum = sum(value.square().sum() for value in theirs)
+    assert_close(torch.autograd.grad(our_sum, leaves), torch.autograd.grad(their_sum, leaves))
 
 
 def test_the_rnn_is_torchs_rnn():
@@ -180,9 +191,9 @@ def test_the_rnn_is_torchs_rnn():
     inputs = random(T, B, D)
     H_0 = random(1, B, h)
     ours, (H,) = rnn(inputs, (H_0[0],), lecture_params(layer, order=[0]))
-    theirs, last = layer(inputs, H_0)
+    theirs, their_H = layer(inputs, H_0)
     leaves = [inputs, H_0, *layer.parameters()]
-    assert_same_values_and_gradients([ours, H], [theirs, *last], leaves)
+    assert_same_values_and_gradients([ours, H[None]], [theirs, their_H], leaves)
 
 
 def test_the_lstm_is_torchs_lstm():
@@ -192,9 +203,9 @@ def test_the_lstm_is_torchs_lstm():
     C_0 = random(1, B, h)
     params = lecture_params(layer, order=[0, 1, 3, 2])  # torch's are i f c o
     ours, (H, C) = lstm(inputs, (H_0[0], C_0[0]), params)
-    theirs, last = layer(inputs, (H_0, C_0))
+    theirs, (their_H, their_C) = layer(inputs, (H_0, C_0))
     leaves = [inputs, H_0, C_0, *layer.parameters()]
-    assert_same_values_and_gradients([ours, H[None], C[None]], [theirs, *last], leaves)
+    assert_same_values_and_gradients([ours, H[None], C[None]], [theirs, their_H, their_C], leaves)
 
 
 def test_the_bi_lstm_is_torchs_bidirectional_lstm():
@@ -209,6 +220,19 @@ def test_the_bi_lstm_is_torchs_bidirectional_lstm():
     our_values = [ours, *state_f, *state_b]
     their_values = [theirs, H[0], C[0], H[1], C[1]]
     assert_same_values_and_gradients(our_values, their_values, leaves)
+
+
+def test_the_gru_is_torchs_gru_where_both_orders_of_the_reset_agree():
+    layer = nn.GRU(D, h).double()
+    with torch.no_grad():  # W_hh diagonal and its bias 0: (R * H) W_hh = R * (H W_hh)
+        layer.weight_hh_l0[2 * h :] = torch.diag(torch.randn(h))
+        layer.bias_hh_l0[2 * h :] = 0
+    inputs = random(T, B, D)
+    H_0 = random(1, B, h)
+    ours, (H,) = gru(inputs, (H_0[0],), lecture_params(layer, order=[1, 0, 2]))  # torch's are r z n
+    theirs, their_H = layer(inputs, H_0)
+    leaves = [inputs, H_0, layer.weight_ih_l0, layer.bias_ih_l0]
+    assert_same_values_and_gradients([ours, H[None]], [theirs, their_H], leaves)
 
 
 def sigmoid(A):
@@ -232,10 +256,12 @@ def test_the_gru_is_its_numpy_rederivation():
 
 
 def test_no_module_uses_torchs_recurrent_layers_or_scikit_learn():
-    layers = r"\bnn\.(RNN|GRU|LSTM)[^ ]|\b(torch|_VF|aten)\.(rnn_|gru|lstm)|sklearn"
+    classes = r"\bnn\.(RNN|GRU|LSTM)\w*\(|import .*\b(RNN|GRU|LSTM)"
+    functions = r"\b(torch|_VF|aten)\.(rnn_|gru|lstm)"
+    forbidden = re.compile(f"{classes}|{functions}|sklearn")
     root = Path(rnn_models.__file__).parent
     for path in [*root.glob("*.py"), *root.glob("support/*.py")]:
-        assert not re.search(layers, path.read_text(encoding="utf-8")), path
+        assert not forbidden.search(path.read_text(encoding="utf-8")), path
 
 
 # --- padded sequences ---------------------------------------------------------------------------
@@ -419,7 +445,7 @@ def test_an_edited_lstm_is_what_runs_in_both_directions_of_the_bi_lstm(monkeypat
 
 def test_a_loop_with_a_state_of_its_own_in_single_precision_runs(monkeypatch, capsys):
     def own_state_loop(inputs, state, params):
-        H = torch.zeros(inputs.shape[1], 16)  # h of new_recurrence
+        H = torch.zeros(inputs.shape[1], len(params[1]))
         return rnn(inputs, (H,), params)
 
     monkeypatch.setitem(CELLS, "rnn", own_state_loop)
@@ -452,20 +478,20 @@ def test_an_edit_of_late_steps_or_of_gradients_alone_is_noticed(edited_gru, monk
 
 
 def minimal_gated_unit(inputs, state, params):
-    """One gate F that forgets and resets (Zhou et al. 2016)."""
-    W_xf, W_hf, b_f, W_xh, W_hh, b_h, W_hq, b_q = params
+    """One gate U that updates and resets (Zhou et al. 2016)."""
+    W_xu, W_hu, b_u, W_xh, W_hh, b_h, W_hq, b_q = params
     (H,) = state
     outputs = []
     for X in inputs:
-        F = torch.sigmoid(X @ W_xf + H @ W_hf + b_f)
-        H_tilde = torch.tanh(X @ W_xh + (F * H) @ W_hh + b_h)
-        H = (1 - F) * H + F * H_tilde
+        U = torch.sigmoid(X @ W_xu + H @ W_hu + b_u)
+        H_tilde = torch.tanh(X @ W_xh + (U * H) @ W_hh + b_h)
+        H = (1 - U) * H + U * H_tilde
         outputs.append(H @ W_hq + b_q)
     return torch.stack(outputs), (H,)
 
 
 def test_a_new_cell_is_a_function_and_an_entry_in_both_tables(monkeypatch, capsys):
     monkeypatch.setitem(CELLS, "mgu", minimal_gated_unit)
-    monkeypatch.setitem(GATES, "mgu", "fh")
+    monkeypatch.setitem(GATES, "mgu", "uh")
     assert_computes_its_loop(new_recurrence("mgu"))
     assert_one_line_on_stderr(capsys, "mgu")
