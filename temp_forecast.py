@@ -46,6 +46,7 @@ PRESETS = {"lab": {  # the plain setting of the lab
     "base": "mean", "epochs": 20, "patience": 0, "lr": 1e-3, "fall_steps": 0, "average": 0.0,
     "dropout": 0.0,
 }}  # fmt: skip
+EPOCHS_HELP = "passes over the training windows at most; hourly, over every third window"
 STEP_HELP = "an hour or a day; of several values in a step the first one counts"
 BASE_HELP = "what the network corrects: a ridge regression, or just the training mean"
 
@@ -60,14 +61,14 @@ def parse_args(arguments=None):
     years = options.number(int, 1, 200)
     add("--preset", choices=PRESETS, help="the lab's plain setting; options beside it win")
     add("--date-column", default="Date Time", help="the file's column of dates")
-    add("--target", default="T (degC)", help="the file's column to forecast")
+    add("--target", default="T (degC)", help="the file's column to forecast, in degC")
     add("--freq", choices=STEPS_A_DAY, default="h", help=STEP_HELP)
     add("--features", choices=["T", "all"], default="T", help="the target, or all columns")
     add("--train-years", type=years, default=6, help="years that train and validate")
     add("--base", choices=["linear", "mean"], default="linear", help=BASE_HELP)
     add("--hidden", type=count, default=64, help="hidden units h of one direction")
     add("--dropout", type=share, default=0.3, help="share of the last state set to zero")
-    add("--epochs", type=count, default=6, help="passes over the training windows at most")
+    add("--epochs", type=count, default=6, help=EPOCHS_HELP)
     add("--patience", type=count_or_0, default=3, help=options.PATIENCE_HELP)
     add("--batch-size", type=count, default=128, help="windows in one step")
     add("--lr", type=positive, default=2e-3, help="learning rate of AdamW")
@@ -250,11 +251,12 @@ def harmonics(index):
 class Scaling:
     """How a model sees values: as scaled differences from what is expected at their time.
 
-    kind "linear": from the climatology; the calendar stands beside the differences. kind "mean":
-    from the mean of the training steps, so that the inputs are the standardised values alone.
+    kind "climatology": from the climatology; the calendar stands beside the differences. kind
+    "mean": from the mean of the training steps, so that the inputs are the standardised values
+    alone.
     """
 
-    kind: str  # the value of --base that it serves
+    kind: str
     coefficients: np.ndarray  # (K, C), of the expected values
     scale: np.ndarray  # (C,), standard deviations of the differences
 
@@ -272,7 +274,7 @@ class Scaling:
 
 def regressors(kind, index):
     """Regressors (N, K) of what is expected: the climatology's, or for "mean" a 1."""
-    return harmonics(index) if kind == "linear" else np.ones((len(index), 1))
+    return harmonics(index) if kind == "climatology" else np.ones((len(index), 1))
 
 
 def fit_scaling(kind, weather):
@@ -322,36 +324,38 @@ def feature_chunks(weather, scaling, starts):
         yield chunk, linear_features(inputs[weather.past(chunk)], weather.steps_a_day)
 
 
-def base_forecast(weather, scaling, W, starts):
-    """What the network corrects (n, horizon), degC: what is expected, and with weights W
-    (F, horizon) the linear forecast of the scaled anomalies.
-    """
-    expected = scaling.expected(weather.index)[weather.future(starts), 0]
-    if W is None:
-        return expected
-    anomalies = [X @ W for _, X in feature_chunks(weather, scaling, starts)]
-    return expected + scaling.scale[0] * np.concatenate(anomalies)
-
-
 @dataclass
 class Base:
-    """What the network corrects: the linear forecast of scaled values by weights W, or without
-    weights what the scaling expects."""
+    """A forecast that the network corrects: what the scaling expects, and with weights W the linear
+    forecast of the scaled differences from it."""
 
     scaling: Scaling
-    W_train: np.ndarray | None = None  # fitted to the training windows
-    W_test: np.ndarray | None = None  # fitted to the training and validation windows
+    W: np.ndarray | None = None  # (F, horizon)
+
+
+def base_forecast(weather, base, starts):
+    """The base's forecast (n, horizon), degC, for windows that begin at starts (n,)."""
+    scaling = base.scaling
+    expected = scaling.expected(weather.index)[weather.future(starts), 0]
+    if base.W is None:
+        return expected
+    differences = [X @ base.W for _, X in feature_chunks(weather, scaling, starts)]
+    return expected + scaling.scale[0] * np.concatenate(differences)
 
 
 def fit_linear(weather):
-    """Ridge regression on the `linear_features`, with the penalty of least validation error."""
-    scaling = fit_scaling("linear", weather)
+    """Ridge regression on the `linear_features`, with the penalty of least validation error.
+
+    Returns two bases: "train", fitted to the training windows, whose errors the network learns; and
+    "test", fitted to the training and validation windows, for the forecasts of the test.
+    """
+    scaling = fit_scaling("climatology", weather)
     XX, XY = sums_of_products(weather, scaling, weather.starts["train"])
     every_third = weather.starts["validation"][::3]  # enough to choose among seven penalties
 
     def validation_error(penalty):
         W = solve_ridge(XX, XY, penalty)
-        predicted = base_forecast(weather, scaling, W, every_third)
+        predicted = base_forecast(weather, Base(scaling, W), every_third)
         return mean_error(weather.truth(every_third), predicted)
 
     penalty = min(PENALTIES, key=validation_error)
@@ -359,7 +363,7 @@ def fit_linear(weather):
     validation_XX, validation_XY = sums_of_products(weather, scaling, weather.starts["validation"])
     W_test = solve_ridge(XX + validation_XX, XY + validation_XY, penalty)
     print(f"linear forecast: {len(W_train)} features, penalty {penalty:g}")
-    return Base(scaling, W_train, W_test)
+    return {"train": Base(scaling, W_train), "test": Base(scaling, W_test)}
 
 
 def sums_of_products(weather, scaling, starts):
@@ -385,7 +389,7 @@ class Forecaster(nn.Module):
     """A recurrence that corrects another forecast by its last state, all steps ahead at once:
     H_T W_hq + b_q."""
 
-    def __init__(self, cell, num_inputs, num_hiddens, horizon, dropout=0.0):
+    def __init__(self, cell, num_inputs, num_hiddens, horizon, dropout):
         """num_inputs: D; num_hiddens: h; horizon: Q steps; dropout: share of the last state set to
         zero in training. Raises ValueError for an unknown cell.
         """
@@ -412,11 +416,12 @@ def build_model(config):
     return Forecaster(config["model"], **config["sizes"])
 
 
-def forecast(model, weather, scaling, W, starts):
+def forecast(model, weather, base, starts):
     """The forecast (n, horizon), degC, of base and network for windows that begin at starts."""
-    inputs = torch.from_numpy(scaling.inputs(weather)).float().to(model.recurrence.W_hq.device)
+    inputs = torch.from_numpy(base.scaling.inputs(weather)).float()
+    inputs = inputs.to(model.recurrence.W_hq.device)
     correction = corrections(model, inputs, weather.past(starts))
-    return base_forecast(weather, scaling, W, starts) + scaling.scale[0] * correction
+    return base_forecast(weather, base, starts) + base.scaling.scale[0] * correction
 
 
 @torch.no_grad()
@@ -436,10 +441,10 @@ def corrections(model, inputs, past):
 # --- training -----------------------------------------------------------------------------------
 
 
-def make_config(args, cell, weather, base, data):
+def make_config(args, cell, weather, scaling, data):
     """What best.pt holds beside what is fitted."""
     sizes = {
-        "num_inputs": base.scaling.inputs(weather).shape[1],
+        "num_inputs": scaling.inputs(weather).shape[1],
         "num_hiddens": args.hidden,
         "horizon": weather.horizon,
         "dropout": args.dropout,
@@ -451,7 +456,7 @@ def make_config(args, cell, weather, base, data):
         "freq": args.freq,
         "date_column": args.date_column,
         "columns": weather.columns,
-        "base": base.scaling.kind,
+        "scaling": scaling.kind,
         "sha256": data["sha256"],
     }
 
@@ -476,8 +481,8 @@ def train(args, config, weather, base, device):
     # Validation, test and best.pt use the moving average of the weights.
     average = runs.MovingAverage(model, args.average)
     parallel_model = DistributedDataParallel(model) if runs.world_size() > 1 else model
-    parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "average": average}
-    run = runs.start(args, config, parts)
+    stateful = {"model": model, "optimizer": optimizer, "schedule": schedule, "average": average}
+    run = runs.start(args, config, stateful)
 
     for epoch in run.epochs(args.epochs, args.patience):
         model.train()
@@ -488,8 +493,9 @@ def train(args, config, weather, base, device):
         for rows in run.progress(shuffled.split(args.batch_size)):
             rows = rows.to(device, non_blocking=True)  # a GPU's earlier steps are not waited for
             X = inputs[past[rows].T]  # (known, B, D)
-            Y = targets[rows]  # (B, horizon)
-            loss = (parallel_model(X) - Y).abs().mean() * target_scale  # mean absolute error
+            residual = targets[rows]  # (B, horizon)
+            error = (parallel_model(X) - residual).abs().mean()  # mean absolute error
+            loss = error * target_scale  # degC
             optimizer.zero_grad()
             loss.backward()  # back-propagation through time
             grad_clipping(model.parameters(), args.clip)
@@ -508,7 +514,7 @@ def train(args, config, weather, base, device):
 def base_residuals(weather, base, part):
     """Truth minus base forecast (n, horizon) of a part's windows, in units of the scaling."""
     starts = weather.starts[part]
-    error = weather.truth(starts) - base_forecast(weather, base.scaling, base.W_train, starts)
+    error = weather.truth(starts) - base_forecast(weather, base, starts)
     return error / base.scaling.scale[0]
 
 
@@ -531,16 +537,18 @@ def validate(model, weather, inputs, residuals, target_scale):
 # --- the test -----------------------------------------------------------------------------------
 
 
-def test(run, model, weather, base, linear, data):
+def test(run, model, weather, bases, linear, data):
     """Test a trained structure, write its results; returns the content of metrics.json.
 
-    base: what the network corrects; linear: the table's ridge, the same unless --base mean. The
-    band is of the validation errors with `base.W_train`; the forecasts have `base.W_test`.
+    bases: "train" and "test", as `fit_linear` gives them. The band is that of the validation errors
+    with the first, which has not seen the validation windows; the test forecasts have the second.
+    linear: the ridge regression of the table, another base only with --base mean.
     """
+    base = bases["test"]
     validation = weather.starts["validation"]
-    predicted = forecast(model, weather, base.scaling, base.W_train, validation)
+    predicted = forecast(model, weather, bases["train"], validation)
     band = np.quantile(weather.truth(validation) - predicted, BAND, axis=0)  # (2, horizon), degC
-    W = None if base.W_test is None else torch.from_numpy(base.W_test)
+    W = None if base.W is None else torch.from_numpy(base.W)
     coefficients = base.scaling.coefficients.tolist()
     scale = base.scaling.scale.tolist()
     run.save_best(band=band.tolist(), W=W, coefficients=coefficients, scale=scale)
@@ -548,7 +556,7 @@ def test(run, model, weather, base, linear, data):
     forecasts = {}  # {part: {"model" or a baseline: (n, horizon)}}
     for part in ("segments", "daily_origins", "every_step"):
         starts = weather.starts[part]
-        predicted = forecast(model, weather, base.scaling, base.W_test, starts)
+        predicted = forecast(model, weather, base, starts)
         forecasts[part] = {"model": predicted, **baseline_forecasts(weather, linear, starts)}
     entries = {}
     for part in ("segments", "daily_origins"):
@@ -565,7 +573,7 @@ def test(run, model, weather, base, linear, data):
     metrics = run.write_metrics(data, split, entries, lead_24h=lead_24h)
     write_predictions(run.folder / "predictions.csv", weather, forecasts["segments"]["model"], band)
 
-    title = model_title(metrics["model"], base.scaling.kind)
+    title = model_title(metrics["model"], run.args.base)
     epoch = metrics["best_epoch"]
     print(f"\nabsolute errors, degC, on the test years{runs.sample_note(data)}, epoch {epoch}")
     table = pd.DataFrame.from_dict(error_rows(title, entries), orient="index")
@@ -588,8 +596,8 @@ def baseline_forecasts(weather, linear, starts):
     return {
         "persistence": np.repeat(last_step, weather.horizon, axis=1),
         "seasonal_naive": np.tile(last_day, HORIZON_DAYS),
-        "climatology": base_forecast(weather, linear.scaling, None, starts),
-        "linear": base_forecast(weather, linear.scaling, linear.W_test, starts),
+        "climatology": base_forecast(weather, Base(linear.scaling), starts),
+        "linear": base_forecast(weather, linear, starts),
     }
 
 
@@ -617,10 +625,10 @@ def part_errors(truth, forecasts, band):
     }
 
 
-def model_title(cell, kind):
-    """What stands for a model in tables and pictures."""
+def model_title(cell, base):
+    """What stands for a model in tables and pictures; base: the value of --base."""
     name = runs.title_of(cell)
-    return f"linear + {name}" if kind == "linear" else f"{name} alone"
+    return f"linear + {name}" if base == "linear" else f"{name} alone"
 
 
 def error_rows(title, entries):
@@ -723,8 +731,8 @@ def predict(args, device):
     saved = runs.load_checkpoint(args.checkpoint, "temp")
     model = build_model(saved).to(device)
     runs.load_weights(model, saved["weights"], args.checkpoint)
-    scaling = Scaling(saved["base"], np.array(saved["coefficients"]), np.array(saved["scale"]))
-    W = None if saved["W"] is None else saved["W"].numpy()
+    scaling = Scaling(saved["scaling"], np.array(saved["coefficients"]), np.array(saved["scale"]))
+    base = Base(scaling, None if saved["W"] is None else saved["W"].numpy())
     freq = saved["freq"]
     columns = saved["columns"]
     target = columns[0]
@@ -743,7 +751,7 @@ def predict(args, device):
     values = recent.reindex(index).to_numpy()  # NaN where the future is
     weather = Weather(index, columns, values, STEPS_A_DAY[freq])
     only_window = np.array([0])
-    predicted = forecast(model, weather, scaling, W, only_window)[0]
+    predicted = forecast(model, weather, base, only_window)[0]
     low, high = predicted + np.array(saved["band"])
 
     last = f"the last known step begins at {recent.index[-1]:{STAMP}}"
@@ -777,19 +785,22 @@ def main():
     weather = prepare(args, series, data["path"])
     options.check_folder(args.out)
     runs.check_same_data(data)
-    linear = fit_linear(weather)  # with --base mean it is a baseline in the table
-    base = linear if args.base == "linear" else Base(fit_scaling("mean", weather))
+    linear = fit_linear(weather)  # with --base mean, only a baseline in the table
+    bases = linear
+    if args.base == "mean":
+        mean = Base(fit_scaling("mean", weather))
+        bases = {"train": mean, "test": mean}
     cells = list(CELLS) if args.model == "all" else [args.model]
     if not args.resume:
         # All before the first training, so that a later --resume finds nothing of an earlier run.
-        names = {args.model, *cells}  # with "all", the folder of the comparison is among them
+        names = ["all", *cells]  # a comparison with what is replaced would be wrong
         runs.remove_results(args.out / f"temp_{name}" for name in names)
     results = []
     for cell in cells:
-        config = make_config(args, cell, weather, base, data)
-        run, model = train(args, config, weather, base, device)
+        config = make_config(args, cell, weather, bases["train"].scaling, data)
+        run, model = train(args, config, weather, bases["train"], device)
         if runs.is_first():
-            results.append(test(run, model, weather, base, linear, data))
+            results.append(test(run, model, weather, bases, linear["test"], data))
     if args.model == "all" and runs.is_first():
         compare(args, results)
 

@@ -44,7 +44,7 @@ MAX_TOKENS = 256  # longer texts are cut
 BLANKS = "\ufeff \t\r\n\u3000"  # stripped from both ends of a text; some reviews begin with \ufeff
 CURVE_ROWS = 5000  # training rows, at most, on which the curves' training loss is measured
 REACH = 40  # tokens over which the gradient's reach is measured
-PRESETS = {"lab": {  # the plain setting of the lab
+PRESETS = {"lab": {  # the plain setting of the lab; dropout stays
     "tokens": "word", "pool": "last", "epochs": 20, "patience": 0, "lr": 1e-3, "fall_steps": 0,
     "weight_decay": 1e-4, "average": 0.0, "label_smoothing": 0.0, "word_dropout": 0.0,
 }}  # fmt: skip
@@ -52,7 +52,7 @@ PRESETS = {"lab": {  # the plain setting of the lab
 TOKENS = ("word", "word+char", "word+char+pair")
 SPLIT_HELP = "the assignment's rows, or 70/15/15 %% of each class at random"
 TOKENS_HELP = "jieba's words; or characters, each with its word, and with the next character"
-PREDICT_HELP = "classify this text, - each line of the input; --predict=TEXT if it begins with -"
+PREDICT_HELP = "text to classify; - reads one a line from stdin; --predict=TEXT if it begins with -"
 
 
 # --- options ------------------------------------------------------------------------------------
@@ -72,7 +72,7 @@ def parse_args(arguments=None):
     add("--pool", choices=POOLS, default="max", help="how a text's states become one")
     add("--dropout", type=share, default=0.4, help="share of inputs and pooled states set to 0")
     add("--word-dropout", type=share, default=0.2, help="share of words hidden in training")
-    add("--label-smoothing", type=share, default=0.1, help="share of the target for all classes")
+    add("--label-smoothing", type=share, default=0.1, help="share of the target spread evenly")
     add("--epochs", type=count, default=20, help="passes over the training rows at most")
     add("--patience", type=count_or_0, default=3, help=options.PATIENCE_HELP)
     add("--batch-size", type=count, default=64, help="texts in one step")
@@ -151,7 +151,8 @@ def part_of_each_row(names, split):
 def cut_words(texts):
     """Each text as the list of its words, by jieba in precise mode."""
     jieba.setLogLevel(logging.CRITICAL)  # silent, also if its cache cannot be written
-    with contextlib.suppress(OSError):  # in the system's folder it may be another user's file
+    # jieba's cache is kept here: in the system's folder it may be another user's.
+    with contextlib.suppress(OSError):
         datasets.DATA_DIR.mkdir(exist_ok=True)
         jieba.dt.tmp_dir = str(datasets.DATA_DIR)
     return [jieba.lcut(text) for text in texts]
@@ -215,25 +216,25 @@ def encode(cuts, kind, vocabularies):
 
     A token that is not in its vocabulary is UNK.
     """
-    ids = {}
+    id_of = {}
     for aspect, vocabulary in vocabularies.items():
-        ids[aspect] = {token: number for number, token in enumerate(vocabulary, start=UNK + 1)}
-    texts = []
+        id_of[aspect] = {token: number for number, token in enumerate(vocabulary, start=UNK + 1)}
+    ids = []
     for cut in cuts:
         columns = []
         for aspect, tokens in tokenize(cut, kind).items():
-            columns.append([ids[aspect].get(token, UNK) for token in tokens])
-        texts.append(torch.from_numpy(np.array(columns, dtype=np.int32).T))
-    return texts
+            columns.append([id_of[aspect].get(token, UNK) for token in tokens])
+        ids.append(torch.from_numpy(np.array(columns, dtype=np.int32).T))
+    return ids
 
 
 class Corpus:
     """The ids of all texts, and the batches made of them."""
 
-    def __init__(self, texts, labels, device):
-        """texts: a tensor (T, aspects) each, of `encode`; labels: (texts,)."""
-        self.texts = [ids[:MAX_TOKENS] for ids in texts]
-        self.lengths = torch.tensor([len(ids) for ids in self.texts])
+    def __init__(self, ids, labels, device):
+        """ids: of each text, (T, aspects), from `encode`; labels: (texts,)."""
+        self.ids = [text[:MAX_TOKENS] for text in ids]
+        self.lengths = torch.tensor([len(text) for text in self.ids])
         self.labels = torch.from_numpy(labels)
         self.device = device
 
@@ -242,19 +243,19 @@ class Corpus:
         return rows[torch.argsort(self.lengths[rows], stable=True)].split(batch_size)
 
     def shuffled(self, rows, batch_size):
-        """Batches for training: sorted within random pools of fifty batches, in random order."""
+        """Batches for training: sorted within random blocks of fifty batches, in random order."""
         batches = []
-        for pool in rows[torch.randperm(len(rows))].split(50 * batch_size):
-            batches += self.by_length(pool, batch_size)
+        for block in rows[torch.randperm(len(rows))].split(50 * batch_size):
+            batches += self.by_length(block, batch_size)
         return [batches[i] for i in torch.randperm(len(batches)).tolist()]
 
     def batch(self, rows):
         """tokens (T, B, aspects), padded to the longest, lengths (B,) and labels (B,)."""
-        texts = [self.texts[row] for row in rows.tolist()]
+        texts = [self.ids[row] for row in rows.tolist()]
         tokens = pad_sequence(texts, padding_value=PAD)
         batch = (tokens, self.lengths[rows], self.labels[rows])
         # non_blocking: a GPU's earlier steps are not waited for.
-        return [part.to(self.device, non_blocking=True) for part in batch]
+        return [tensor.to(self.device, non_blocking=True) for tensor in batch]
 
 
 def make_corpus(args, reviews, device):
@@ -262,8 +263,8 @@ def make_corpus(args, reviews, device):
     cuts = cached_words(reviews.texts, reviews.data["sha256"])
     train_cuts = [cuts[row] for row in reviews.split["train"].tolist()]
     vocabularies = build_vocabularies(train_cuts, args.tokens)
-    texts = encode(cuts, args.tokens, vocabularies)
-    return vocabularies, Corpus(texts, reviews.labels, device)
+    ids = encode(cuts, args.tokens, vocabularies)
+    return vocabularies, Corpus(ids, reviews.labels, device)
 
 
 # --- the model ----------------------------------------------------------------------------------
@@ -272,9 +273,7 @@ def make_corpus(args, reviews, device):
 class TextClassifier(nn.Module):
     """Embeddings, recurrence, pooling over time, linear layer: the logits of a text's classes."""
 
-    def __init__(
-        self, cell, vocab_sizes, num_inputs, num_hiddens, num_classes, pool="max", dropout=0.4
-    ):
+    def __init__(self, cell, vocab_sizes, num_inputs, num_hiddens, num_classes, pool, dropout):
         """vocab_sizes: a size for each aspect of a token (word, character, pair).
 
         num_inputs: D, an embedding's size; num_hiddens: h; dropout: share of the embedded inputs
@@ -318,8 +317,8 @@ def build_model(config):
 # --- training -----------------------------------------------------------------------------------
 
 
-def hide_words(tokens, share):
-    """A copy of tokens (T, B, aspects) in which a share of the words is UNK.
+def hide_words(tokens, probability):
+    """A copy of tokens (T, B, aspects) in which each word is UNK with this probability.
 
     One draw decides for all characters of a word, and for equal words side by side. Other aspects
     of a token stay.
@@ -329,9 +328,9 @@ def hide_words(tokens, share):
     is_new = words.diff(dim=0, prepend=words[:1]) != 0
     number = is_new.cumsum(dim=0)  # of the word in its text, (T, B)
     draws = torch.rand(words.shape, device=words.device)
-    is_hidden = draws.gather(0, number) < share
+    is_hidden = draws.gather(0, number) < probability
     partly_hidden = tokens.clone()
-    partly_hidden[:, :, 0] = words.masked_fill(is_hidden, UNK)  # in the padding, too: not read
+    partly_hidden[:, :, 0] = words.masked_fill(is_hidden, UNK)  # padding, too; it is never read
     return partly_hidden
 
 
@@ -351,7 +350,7 @@ def make_config(args, cell, reviews, vocabularies):
         "sizes": sizes,
         "tokens": args.tokens,
         "vocabularies": vocabularies,
-        "labels": reviews.classes,
+        "classes": reviews.classes,
         "sha256": reviews.data["sha256"],
     }
 
@@ -370,8 +369,8 @@ def train(args, config, reviews, corpus):
     # Validation, test and best.pt use the moving average of the weights.
     average = runs.MovingAverage(model, args.average)
     parallel_model = DistributedDataParallel(model) if runs.world_size() > 1 else model
-    parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "average": average}
-    run = runs.start(args, config, parts)
+    stateful = {"model": model, "optimizer": optimizer, "schedule": schedule, "average": average}
+    run = runs.start(args, config, stateful)
 
     for epoch in run.epochs(args.epochs, args.patience):
         model.train()
@@ -399,7 +398,7 @@ def train(args, config, reviews, corpus):
 def probabilities(model, corpus, rows):
     """Class probabilities (n, K) of the texts in rows (n,), in their order, on the CPU."""
     model.eval()
-    by_row = torch.empty(len(corpus.texts), len(model.recurrence.b_q))  # (texts, K)
+    by_row = torch.empty(len(corpus.ids), len(model.recurrence.b_q))  # (texts, K)
     for batch in corpus.by_length(rows, 128):
         tokens, lengths, _ = corpus.batch(batch)
         by_row[batch] = model(tokens, lengths).softmax(dim=1).cpu()
@@ -587,8 +586,8 @@ def predict(args, device):
         model = build_model(config).to(device)
         runs.load_weights(model, config["weights"], path)
         classifiers.append((model, config))
-    labels = classifiers[0][1]["labels"]
-    if any(config["labels"] != labels for _, config in classifiers):
+    classes = classifiers[0][1]["classes"]
+    if any(config["classes"] != classes for _, config in classifiers):
         raise UserError("the checkpoints have different classes; name models of the same data")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8", errors="replace")
@@ -599,7 +598,7 @@ def predict(args, device):
         p = [classify_cuts(cuts, model, config, device) for model, config in classifiers]
         highest, predicted = torch.stack(p).mean(dim=0).max(dim=1)
         for text, probability, k in zip(batch, highest.tolist(), predicted.tolist(), strict=True):
-            print(on_one_line(labels[k]), f"{probability:.4f}", on_one_line(text), sep="\t")
+            print(on_one_line(classes[k]), f"{probability:.4f}", on_one_line(text), sep="\t")
 
 
 def read_lines():
@@ -612,9 +611,9 @@ def read_lines():
 
 def classify_cuts(cuts, model, config, device):
     """The probabilities (n, K) that a saved model gives to texts cut into words."""
-    texts = encode(cuts, config["tokens"], config["vocabularies"])
+    ids = encode(cuts, config["tokens"], config["vocabularies"])
     labels = np.zeros(len(cuts), np.int64)  # not known
-    corpus = Corpus(texts, labels, device)
+    corpus = Corpus(ids, labels, device)
     return probabilities(model, corpus, torch.arange(len(cuts)))
 
 
@@ -638,7 +637,7 @@ def main():
     cells = list(CELLS) if args.model == "all" else [args.model]
     if not args.resume:
         # All before the first training, so that a later --resume finds nothing of an earlier run.
-        names = {args.model, *cells}  # with "all", the folder of the comparison is among them
+        names = ["all", *cells]  # a comparison with what is replaced would be wrong
         runs.remove_results(args.out / f"text_{name}" for name in names)
     results = []
     reach = {}

@@ -1,4 +1,4 @@
-"""The command line of both scripts: shared options, their checks, the device, the way out."""
+"""The command line of both scripts: shared options, their checks, the device, and errors."""
 
 import argparse
 import contextlib
@@ -48,9 +48,10 @@ positive = number(float, 1e-12, 1e12)
 share = number(float, 0.0, 0.999)
 decay = number(float, 0.0, 1000.0)
 
-PATIENCE_HELP = "stop after so many epochs without a better validation score; 0: never"
+PATIENCE_HELP = "stop after this many epochs without a better validation score; 0: never"
 FALL_HELP = "steps in which the rate rises and falls to a twentieth; 0: constant rate"
 DATA_HELP = "CSV, or a zip of one; else: RNN_DATA_DIR, data/, a download, the made-up sample"
+RESUME_HELP = "go on after the last finished epoch; the other options as before"
 OLD_NAMES = {"bilstm": "bi_lstm"}  # of --model
 
 
@@ -64,7 +65,7 @@ def make_parser(description, cells):
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N; auto: a GPU if one works")
     add("--data", type=Path, help=DATA_HELP)
     add("--out", type=Path, default=Path("runs"), help="folder of the results")
-    add("--resume", action="store_true", help="go on after the last finished epoch of this run")
+    add("--resume", action="store_true", help=RESUME_HELP)
     return parser
 
 
@@ -84,7 +85,7 @@ def parse(parser, arguments, presets):
         parser.set_defaults(**presets[args.preset])
         args = parser.parse_args(arguments)
     if (args.predict is None) != (args.checkpoint is None):
-        raise UserError("--predict and --checkpoint belong together; give both, or none to train")
+        raise UserError("--predict and --checkpoint belong together; to train give neither")
     if args.predict is not None:
         changed = {name for name, value in vars(args).items() if value != parser.get_default(name)}
         useless = changed - {"predict", "checkpoint", "device"}

@@ -1,4 +1,4 @@
-"""One training's folder: history, checkpoints, resuming; and torchrun's processes."""
+"""A training's folder, its checkpoints, resuming; torchrun; the rate and the weights' average."""
 
 import atexit
 import contextlib
@@ -17,7 +17,7 @@ from tqdm import tqdm
 from support import plots
 from support.files import UserError, whole_file, write_csv, write_json
 
-FORMAT = 8  # of the checkpoints; raise it when what they hold changes
+FORMAT = 9  # of the checkpoints; raise it when what they hold changes
 # What a run or a comparison leaves in its folder.
 RESULTS = (
     "last.pt", "best.pt", "metrics.json", "history.csv", "predictions.csv", "curves.png",
@@ -76,7 +76,7 @@ def check_same_data(data):
 
 def save_checkpoint(path, content):
     """Write a checkpoint whole: plain values and tensors only, so that `weights_only` loads it."""
-    packed = io.BytesIO()  # torch.save into a file reports a full disk by no OSError
+    packed = io.BytesIO()  # torch.save into a file raises no OSError when the disk is full
     torch.save({"format": FORMAT, **content}, packed)
     with whole_file(path) as stream:
         stream.write(packed.getbuffer())
@@ -85,19 +85,19 @@ def save_checkpoint(path, content):
 def load_checkpoint(path, task, key="weights"):
     """The dict in a checkpoint of this task ("text" or "temp"). Code in the file is never run.
 
-    key: what must be in it, "weights" for best.pt and "parts" for last.pt.
+    key: what must be in it, "weights" for best.pt and "states" for last.pt.
     Raises UserError for a file that is missing, damaged, foreign or of another version.
     """
     if not path.is_file():
         raise UserError(f"{path} is no file; name a best.pt that this script wrote")
     try:
-        damaged_part = zipfile.ZipFile(path).testzip()  # compares each part with its check sum
+        damaged_member = zipfile.ZipFile(path).testzip()  # compares check sums
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes lead to every kind of error
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"{path} cannot be read ({reason}); train again") from error
-    if damaged_part:
-        raise UserError(f"{path} is damaged in {damaged_part}; train again")
+    if damaged_member:
+        raise UserError(f"{path} is damaged in {damaged_member}; train again")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is no checkpoint of this version; train again")
     if content["task"] != task or key not in content:
@@ -105,10 +105,10 @@ def load_checkpoint(path, task, key="weights"):
     return content
 
 
-def load_weights(part, weights, path):
+def load_weights(target, weights, path):
     """Put weights into a model, or a state into an optimiser; UserError if they do not fit."""
     try:
-        part.load_state_dict(weights)
+        target.load_state_dict(weights)
     except (RuntimeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} does not fit this program ({reason}); train again") from error
@@ -143,13 +143,13 @@ def remove_results(folders):
         raise UserError(f"cannot remove {error.filename}: {error.strerror}; close it") from error
 
 
-def start(args, config, parts):
+def start(args, config, stateful):
     """A `Run` of these options; with --resume it goes on where an earlier one stopped."""
-    model = parts["model"]
+    model = stateful["model"]
     num_params = sum(param.numel() for param in model.parameters())
     device = next(model.parameters()).device
     print(f"\n{title_of(config['model'])}: {num_params:,} parameters, {device}", flush=True)
-    run = Run(args.out / f"{config['task']}_{config['model']}", config, args, parts)
+    run = Run(args.out / f"{config['task']}_{config['model']}", config, args, stateful)
     for path in run.folder.glob(".*.part"):  # what a killed run left half-written
         with contextlib.suppress(OSError):
             path.unlink()
@@ -165,15 +165,15 @@ class Run:
     best one, None before the first.
     """
 
-    def __init__(self, folder, config, args, parts):
+    def __init__(self, folder, config, args, stateful):
         """config: what best.pt holds beside the weights, "task", "model" and "sha256" of the data
-        among it; args: the options; parts: {name: object with a state_dict} that last.pt saves
+        among it; args: the options; stateful: {name: object with a state_dict} that last.pt saves
         and `restore` restores, "model" and "average", a MovingAverage, among them.
         """
         self.folder = folder
         self.config = config
         self.args = args
-        self.parts = parts
+        self.stateful = stateful
         self.history = []
         self.best = None
         self.epoch_start = time.perf_counter()
@@ -191,7 +191,7 @@ class Run:
         path = self.folder / "last.pt"
         last = None
         if is_first() and path.exists():
-            last = load_checkpoint(path, self.config["task"], "parts")
+            last = load_checkpoint(path, self.config["task"], "states")
         last = from_first(last)
         if last is None:
             return
@@ -201,8 +201,8 @@ class Run:
             option = f"--{changed[0].replace('_', '-')}"
             difference = f"the run in {self.folder} began with another value of {option}"
             raise UserError(f"{difference}; use the same or leave out --resume")
-        for name, part in self.parts.items():
-            load_weights(part, last["parts"][name], path)
+        for name, target in self.stateful.items():
+            load_weights(target, last["states"][name], path)
         self.history = last["history"]
         self.best = last["best"]
         if is_first():  # a run killed between checkpoint and table left the table an epoch short
@@ -253,7 +253,7 @@ class Run:
         self.history.append({"epoch": epoch, **scores, "seconds": seconds})
         is_best = self.best is None or score > self.best["score"]
         if is_best:
-            averaged = self.parts["average"].module.state_dict()
+            averaged = self.stateful["average"].module.state_dict()
             weights = {name: tensor.cpu().clone() for name, tensor in averaged.items()}
             self.best = {"epoch": epoch, "score": score, "weights": weights}
         if not is_first():
@@ -263,7 +263,7 @@ class Run:
             "options": self.options,
             "history": self.history,
             "best": self.best,
-            "parts": {name: part.state_dict() for name, part in self.parts.items()},
+            "states": {name: each.state_dict() for name, each in self.stateful.items()},
         }
         # The checkpoint first: the epoch stays even if Excel has the table open (Windows).
         save_checkpoint(self.folder / "last.pt", last)
@@ -279,7 +279,7 @@ class Run:
 
     def write_metrics(self, data, split, test, **more):
         """Write metrics.json; returns its content."""
-        model = self.parts["model"]
+        model = self.stateful["model"]
         params = list(model.parameters())
         seconds = [record["seconds"] for record in self.history]
         metrics = {
@@ -308,8 +308,8 @@ class Run:
 def rise_and_fall(steps):
     """The rate's factor at each step, for LambdaLR.
 
-    d is the share of `steps` that are done. The factor rises as 12 d until d = 1/13, falls as
-    1 - d, and stays at 0.05. With steps 0 it is always 1.
+    d is the share of `steps` that are done with this one. The factor rises as 12 d until
+    d = 1/13, falls as 1 - d, and stays at 0.05. With steps 0 it is always 1.
     """
 
     def factor(step):

@@ -18,7 +18,7 @@ def make_run(folder, inputs=2, sha256="0", **changes):
     """A run of a small linear model, not yet trained; changes: of its options."""
     torch.manual_seed(0)
     model = nn.Linear(inputs, 1)
-    parts = {
+    stateful = {
         "model": model,
         "average": runs.MovingAverage(model, decay=0.9),
         "optimizer": torch.optim.AdamW(model.parameters(), lr=0.1),
@@ -26,18 +26,18 @@ def make_run(folder, inputs=2, sha256="0", **changes):
     config = {"task": "text", "model": "rnn", "sha256": sha256}
     options = {"model": "all", "seed": 0, "epochs": 9, "batch_size": 4, "data": "a.csv"}
     args = argparse.Namespace(**{**options, **changes})
-    return Run(folder, config, args, parts)
+    return Run(folder, config, args, stateful)
 
 
 def train(run, scores, patience=0):
     """Train until every score has had its epoch, two steps each; returns the run."""
-    model = run.parts["model"]
+    model = run.stateful["model"]
     for epoch in run.epochs(len(scores), patience):
         for _ in run.progress([1, 2]):
-            run.parts["optimizer"].zero_grad()
+            run.stateful["optimizer"].zero_grad()
             model(torch.randn(4, 2)).square().mean().backward()
-            run.parts["optimizer"].step()
-            run.parts["average"].update(model)
+            run.stateful["optimizer"].step()
+            run.stateful["average"].update(model)
         score = scores[epoch - 1]
         run.end_epoch({"f1": score}, score)
     return run
@@ -202,12 +202,12 @@ def test_half_a_checkpoint_is_noticed(trained):
     path = trained / "last.pt"
     os.truncate(path, path.stat().st_size // 2)
     with pytest.raises(UserError, match=r"last\.pt cannot be read"):
-        load_checkpoint(path, "text", key="parts")
+        load_checkpoint(path, "text", key="states")
 
 
 def test_a_checkpoint_of_the_other_script_is_refused(trained):
     with pytest.raises(UserError, match="no such file of this script"):
-        load_checkpoint(trained / "last.pt", "temp", key="parts")
+        load_checkpoint(trained / "last.pt", "temp", key="states")
 
 
 def test_a_checkpoint_to_go_on_from_is_no_model_to_predict_with(trained):
@@ -247,12 +247,12 @@ def train_in_one_of_two(rank, folder, port):
     os.environ["RANK"] = str(rank)
     runs.join_processes(torch.device("cpu"))
     run = make_run(folder / f"run_{rank}")
-    model = run.parts["model"]
+    model = run.stateful["model"]
     parallel_model = DistributedDataParallel(model)
     for _ in run.epochs(1, patience=0):
         for number in run.progress([1.0, 3.0]):
             parallel_model(torch.tensor([number, 0.0])).backward()
-            run.parts["optimizer"].step()
+            run.stateful["optimizer"].step()
         run.end_epoch({"f1": rank}, score=rank)
     result = {"gradient": model.weight.grad, "weights": model.state_dict(), "history": run.history}
     torch.save(result, folder / f"{rank}.pt")

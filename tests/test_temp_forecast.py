@@ -128,7 +128,7 @@ def test_the_climatology_finds_the_cycles_that_made_a_series():
     values = season * np.sin(day + 2) + season * np.sin(2 * day + 3)
     values += season + np.sin(2 * year + 4)
     weather = Weather(index, ["T"], values[:, None], steps_a_day=24, train_end=8760)
-    expected = fit_scaling("linear", weather).expected(index)
+    expected = fit_scaling("climatology", weather).expected(index)
     assert np.allclose(expected, weather.values)
 
 
@@ -147,7 +147,7 @@ def weather(days):
 
 def test_a_constant_column_keeps_its_unit(weather):
     constant = replace(weather, values=np.full((1000, 1), 1013.1))
-    scaling = fit_scaling("linear", constant)
+    scaling = fit_scaling("climatology", constant)
     assert scaling.scale == [1]
 
 
@@ -179,25 +179,25 @@ def test_the_linear_forecast_is_the_ridge_with_the_least_validation_error(weathe
     starts = np.r_[:100, 292:359]
     weather = replace(weather, starts={"train": starts[:100], "validation": starts[100:]})
     linear = fit_linear(weather)
-    inputs = linear.scaling.inputs(weather)
+    inputs = linear["train"].scaling.inputs(weather)
     X = linear_features(inputs[weather.past(starts)], steps_a_day=1)
     Y = inputs[weather.future(starts), 0]
     solutions = [ridge(X[:100], Y[:100], penalty) for penalty in PENALTIES]
     errors = [np.abs(Y[100:] - X[100:] @ W).mean() for W in solutions]
     best = np.argmin(errors)
     W_test = ridge(X, Y, PENALTIES[best])
-    assert np.allclose(linear.W_train, solutions[best])
-    assert np.allclose(linear.W_test, W_test)
+    assert np.allclose(linear["train"].W, solutions[best])
+    assert np.allclose(linear["test"].W, W_test)
 
 
 def test_the_baselines_by_hand():
     index = pd.date_range("2009-01-01", periods=30, freq="12h")
     values = np.arange(30)[:, None]
     weather = Weather(index, ["T"], values, steps_a_day=2)
-    scaling = Scaling("linear", coefficients=10 * np.eye(17, 1), scale=[3])  # expects 10 degC
+    scaling = Scaling("climatology", coefficients=10 * np.eye(17, 1), scale=[3])  # expects 10 degC
     W = np.zeros((90, 4))
     W[9] = 2  # twice the last known anomaly
-    linear = Base(scaling, W_test=W)
+    linear = Base(scaling, W)
     # Steps 7 to 16 are known, 17 to 20 come; a day has two steps.
     forecasts = temp_forecast.baseline_forecasts(weather, linear, starts=np.array([7]))
     assert np.all(forecasts["persistence"] == 16)
@@ -211,7 +211,7 @@ def test_the_baselines_by_hand():
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_an_untrained_network_corrects_nothing(cell):
-    model = Forecaster(cell, num_inputs=3, num_hiddens=4, horizon=2)
+    model = Forecaster(cell, num_inputs=3, num_hiddens=4, horizon=2, dropout=0.2)
     correction = model(torch.randn(7, 5, 3))
     assert torch.equal(correction, torch.zeros(5, 2))
 
@@ -338,7 +338,7 @@ def part_errors(network, weather):
     def errors_of(part):
         linear = fit_linear(weather)
         starts = weather.starts[part]
-        forecast = temp_forecast.forecast(network, weather, linear.scaling, linear.W_train, starts)
+        forecast = temp_forecast.forecast(network, weather, linear["train"], starts)
         return weather.truth(starts) - forecast
 
     return errors_of
@@ -355,7 +355,7 @@ def test_the_best_epoch_has_the_least_validation_error(rnn_run, saved, part_erro
 
 def test_the_rate_has_fallen_to_a_twentieth_by_the_last_step(rnn_run):
     last = torch.load(rnn_run / "last.pt")
-    (group,) = last["parts"]["optimizer"]["param_groups"]
+    (group,) = last["states"]["optimizer"]["param_groups"]
     assert len(last["history"]) == 4  # all epochs, without an early stop
     assert group["lr"] == pytest.approx(0.05 * 0.05)
 

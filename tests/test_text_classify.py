@@ -476,7 +476,7 @@ def test_weights_that_overflow_end_a_run(train, tmp_path):
 def test_the_rate_has_fallen_to_a_twentieth_by_the_last_step(train, tmp_path):
     folder = train(tmp_path, "rnn", "--epochs 2 --fall-steps 9999")
     last = torch.load(folder / "last.pt")
-    (group,) = last["parts"]["optimizer"]["param_groups"]
+    (group,) = last["states"]["optimizer"]["param_groups"]
     assert group["lr"] == pytest.approx(0.05 * 0.05)
 
 
@@ -572,7 +572,7 @@ def files(trained, tmp_path, monkeypatch):
     torch.save(saved, "unsure.pt")  # each of ten classes has the probability 0.1
     b_q[3] = 99
     torch.save(saved, "sure.pt")
-    torch.save({**saved, "labels": list("0123456789")}, "other.pt")
+    torch.save({**saved, "classes": list("0123456789")}, "other.pt")
     return sorted(tmp_path.iterdir())
 
 
