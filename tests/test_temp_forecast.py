@@ -411,8 +411,12 @@ def test_no_test_value_reaches_training(train, saved, days, tmp_path):
     torch.testing.assert_close(other["W"], saved["W"], rtol=1e-9, atol=1e-9)
 
 
-def test_a_second_run_of_all_removes_the_results_of_all_before_it_trains(
-    train, tmp_path, monkeypatch
+kept_results = {"all": [], "rnn": ["last.pt of temp_bi_lstm"]}
+
+
+@pytest.mark.parametrize("model", kept_results)
+def test_a_run_removes_what_it_replaces_and_the_comparison_before_it_trains(
+    model, train, tmp_path, monkeypatch
 ):
     for name in ("temp_rnn/last.pt", "temp_bi_lstm/last.pt", "temp_all/comparison.json"):
         path = tmp_path / name
@@ -420,8 +424,9 @@ def test_a_second_run_of_all_removes_the_results_of_all_before_it_trains(
         path.touch()
     monkeypatch.setattr(temp_forecast, "train", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path, "--model=all")
-    assert list(tmp_path.glob("*/*")) == []
+        train(tmp_path, f"--model={model}")
+    kept = [f"{path.name} of {path.parent.name}" for path in tmp_path.glob("*/*")]
+    assert kept == kept_results[model]
 
 
 def test_a_resumed_run_is_the_run_left_alone(
