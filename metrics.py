@@ -47,7 +47,10 @@ def _checked_matrix(matrix):
 
 
 def accuracy(matrix):
-    """Share of the samples on the diagonal of a (K, K) confusion matrix; ValueError if unfit."""
+    """Share of the samples on the diagonal of a (K, K) confusion matrix.
+
+    Raises ValueError for a matrix that is not square or holds no counts.
+    """
     matrix = _checked_matrix(matrix)
     return float(np.trace(matrix) / matrix.sum())
 
@@ -93,15 +96,24 @@ def _absolute_errors(y_true, y_pred):
 
 
 def mean_error(y_true, y_pred):
-    """Mean absolute error over all elements, in the arrays' unit; ValueError if unfit."""
+    """Mean absolute error over all elements, in the arrays' unit.
+
+    Raises ValueError for arrays that are empty, unlike in shape or not finite.
+    """
     return float(_absolute_errors(y_true, y_pred).mean())
 
 
 def median_error(y_true, y_pred):
-    """Median absolute error over all elements, in the arrays' unit; ValueError if unfit."""
+    """Median absolute error over all elements, in the arrays' unit.
+
+    Raises ValueError for arrays that are empty, unlike in shape or not finite.
+    """
     return float(np.median(_absolute_errors(y_true, y_pred)))
 
 
 def rmse(y_true, y_pred):
-    """Root of the mean squared error, in the arrays' unit; ValueError if unfit."""
+    """Root of the mean squared error, in the arrays' unit.
+
+    Raises ValueError for arrays that are empty, unlike in shape or not finite.
+    """
     return float(np.sqrt(np.mean(_absolute_errors(y_true, y_pred) ** 2)))
