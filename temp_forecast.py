@@ -688,7 +688,7 @@ def draw(run, weather, forecasts, band, title):
     starts = weather.starts["segments"]
     predicted = forecasts["segments"]["model"]
     errors = np.abs(weather.truth(starts) - predicted).mean(axis=1)
-    places = np.linspace(0, len(errors) - 1, num=6).astype(int)
+    places = np.linspace(0, len(errors) - 1, num=min(6, len(errors))).astype(int)
     windows = []
     for i in errors.argsort()[places]:
         steps = slice(starts[i], starts[i] + weather.known + weather.horizon)

@@ -589,8 +589,6 @@ def predict(args, device):
     classes = classifiers[0][1]["classes"]
     if any(config["classes"] != classes for _, config in classifiers):
         raise UserError("the checkpoints have different classes; name models of the same data")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     texts = read_lines() if args.predict == "-" else [args.predict]
     for first in range(0, len(texts), 256):
         batch = [text.strip(BLANKS) for text in texts[first : first + 256]]

@@ -85,7 +85,7 @@ def load(dataset, path=None):
     so. Raises UserError for a file that is missing or unfit.
     """
     source = "file"
-    path = Path(path).expanduser() if path else find(dataset)
+    path = Path(os.path.expanduser(path)) if path else find(dataset)
     if path is None:
         source = "download"
         path = download(dataset)
@@ -103,7 +103,7 @@ def load(dataset, path=None):
 
 def find(dataset):
     """The path of a dataset, zip or CSV, in the first folder that has it; None if none has."""
-    named_folder = Path(os.environ.get("RNN_DATA_DIR") or DATA_DIR).expanduser()
+    named_folder = Path(os.path.expanduser(os.environ.get("RNN_DATA_DIR") or DATA_DIR))
     csv_name = dataset.name.removesuffix(".zip").removesuffix(".csv") + ".csv"
     for folder in (named_folder, DATA_DIR):
         for name in (dataset.name, csv_name):
@@ -169,16 +169,17 @@ def read_table(path, options):
     try:
         text = decode(csv_content(path))
         header = text.split("\n", 1)[0]
-        separator = max(",;\t", key=header.count)
+        separator = max(";\t,", key=header.count)  # a tie: "T, degC" may be a name
         decimal = "," if separator == ";" else "."
         with warnings.catch_warnings():
-            # Without index_col=False rows with a field too many would shift all columns.
+            # With a field too many in row 1 pandas would take the first column for an index and
+            # shift the others. With index_col=False it warns; the warning is made an error.
             warnings.simplefilter("error", pd.errors.ParserWarning)
             frame = pd.read_csv(
                 io.StringIO(text), sep=separator, decimal=decimal, index_col=False, **options
             )
         if decimal == "," and "dtype" not in options:
-            # One text in a column, and pandas leaves its numbers as texts with a comma.
+            # Where a column holds a text, pandas leaves all its numbers as texts with a comma.
             frame = frame.replace(r"^\s*([+-]?\d+),(\d+)\s*$", r"\1.\2", regex=True)
         if frame.empty:
             raise UserError(f"{path} has no rows under its header; name another file")
@@ -187,6 +188,8 @@ def read_table(path, options):
         raise
     except pd.errors.ParserWarning as error:
         raise UserError(f"{path}: row 1 has more fields than the header; correct it") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no UTF-8, UTF-16 or GB18030; save it as UTF-8") from error
     except Exception as error:  # damaged files raise what pandas, zlib, LZMA, ... find first
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is no CSV table ({reason}); correct or replace it") from error
@@ -204,11 +207,10 @@ def csv_content(path):
     with zipfile.ZipFile(path) as archive:
         tables = []
         for name in archive.namelist():
-            is_hidden = name.startswith("__MACOSX/") or Path(name).name.startswith("._")
-            if name.lower().endswith(".csv") and not is_hidden:
+            if name.lower().endswith(".csv") and not Path(name).name.startswith("._"):
                 tables.append(name)
         if len(tables) != 1:
-            raise UserError(f"{path} holds {len(tables)} CSV files; name a zip that holds one")
+            raise UserError(f"{path} holds {len(tables)} CSV files; name a CSV or a zip of one")
         return archive.read(tables[0])  # compares the check sum
 
 

@@ -26,7 +26,7 @@ def whole_file(path, mode="wb", **options):
         os.replace(part, path)
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"cannot write {path}: {reason}; free it or name another folder") from error
+        raise UserError(f"cannot write {path}: {reason}; make room or use another --out") from error
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
@@ -34,7 +34,8 @@ def whole_file(path, mode="wb", **options):
 
 def write_json(path, content):
     """Write a JSON file whole."""
-    with whole_file(path, "w", encoding="utf-8") as stream:
+    # Names of files may hold bytes that are no text; they are written as \\udcXX.
+    with whole_file(path, "w", encoding="utf-8", errors="backslashreplace") as stream:
         json.dump(content, stream, ensure_ascii=False, indent=2, allow_nan=False)
         stream.write("\n")
 
@@ -42,4 +43,6 @@ def write_json(path, content):
 def write_csv(path, frame):
     """Write a DataFrame as a CSV file, whole, in UTF-8 with BOM, so that Excel shows Chinese."""
     with whole_file(path, "w", encoding="utf-8-sig", newline="") as stream:
-        frame.to_csv(stream, index=False, lineterminator="\r\n")  # quotes a text's own \r, too
+        frame.to_csv(
+            stream, index=False, lineterminator="\r\n"
+        )  # so a text that holds \r is quoted

@@ -91,7 +91,7 @@ def parse(parser, arguments, presets):
         useless = changed - {"predict", "checkpoint", "device"}
         if useless:
             names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(useless))
-            raise UserError(f"{names} has no effect on --predict; leave it out")
+            raise UserError(f"without effect on --predict: {names}; leave out")
     return args
 
 
@@ -99,7 +99,7 @@ def pick_device(name):
     """The torch.device of "auto", "cpu", "cuda" or "cuda:N", after one small operation on it.
 
     "auto" falls back to the CPU, with a line on stderr if there is a GPU that does not work.
-    Of torchrun's processes on a machine, "auto" and "cuda" give each its own GPU.
+    Under torchrun, "auto" and "cuda" give each process of a machine its own GPU.
     Raises UserError for a device that is not there or does not work.
     """
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
@@ -108,7 +108,9 @@ def pick_device(name):
         raise UserError(f"--device {name} is not one of auto, cpu, cuda, cuda:N")
     under_torchrun = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if under_torchrun and name.startswith("cuda:"):
-        raise UserError(f"--device {name} would be that of all processes; leave out the number")
+        raise UserError(
+            f"with --device {name} all processes would share one GPU; write --device cuda"
+        )
     own_gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     device = torch.device(own_gpu if name in ("auto", "cuda") else name)
     try:
@@ -149,7 +151,9 @@ def run_script(main):
     """Call a script's main; end with one line on stderr and status 2 for what a user can mend."""
     tune_allocator()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a console that lacks a character shows "?"
+        encoding = None if sys.stdout.isatty() else "utf-8"  # a file is UTF-8 on Windows, too
+        # A console that lacks a character shows "?".
+        sys.stdout.reconfigure(encoding=encoding, errors="replace")
     try:
         main()
         sys.stdout.flush()  # shows a full disk or a closed pipe now, not at the exit
@@ -158,7 +162,9 @@ def run_script(main):
         message = f"error: {error}"
         status = 2
     except KeyboardInterrupt:
-        message = "interrupted; with --resume a training goes on after its last finished epoch"
+        message = (
+            "interrupted; if it was a training, --resume goes on after its last finished epoch"
+        )
         status = 130
     except (MemoryError, RuntimeError) as error:
         is_full = re.search(

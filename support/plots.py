@@ -144,6 +144,6 @@ def draw_lead_time(path, hours, errors, title):
         axes.set_ylabel("degC")
         axes.set_ylim(0, None)
         axes.grid(alpha=0.3)
-    median_axes.legend(fontsize=8)  # of both
+    median_axes.legend(fontsize=8)  # one legend for both panels
     save(figure, path)
     return figure

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import io
+import json
 import os
 import socket
 import threading
@@ -14,7 +15,7 @@ import pytest
 
 from support import datasets, samples
 from support.datasets import CLIMATE, REVIEWS, Dataset, load
-from support.files import UserError, whole_file, write_csv
+from support.files import UserError, whole_file, write_csv, write_json
 
 
 def zip_of(contents):
@@ -59,6 +60,13 @@ def test_the_header_tells_the_separator_and_the_decimal_sign(tmp_path, separator
     assert frame.to_dict("list") == {"Date Time": ["monday"], "T": [-0.5]}
 
 
+def test_a_header_may_have_a_comma_in_a_name(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("Date Time;T, degC\nmonday;-0,5\n")
+    frame, _ = load(CLIMATE, path)
+    assert frame.to_dict("list") == {"Date Time": ["monday"], "T, degC": [-0.5]}
+
+
 def test_a_decimal_comma_becomes_a_point_beside_a_text_too(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("Date Time;T\n31.12.2009;-0,5\n01.01.2010;-\n02.01.2010;1,25\n")
@@ -88,7 +96,7 @@ def test_the_table_is_found_in_a_zip_made_on_a_mac(tmp_path):
 def test_a_zip_must_hold_one_csv_file(tmp_path, names):
     path = tmp_path / "a.zip"
     path.write_bytes(zip_of(dict.fromkeys(names, CSV)))
-    with pytest.raises(UserError, match="CSV files; name a zip that holds one"):
+    with pytest.raises(UserError, match="CSV files; name a CSV or a zip of one"):
         load(REVIEWS, path)
 
 
@@ -98,6 +106,7 @@ UNFIT = {
     "picture.csv": b"\x89PNG\r\n\x1a\n" + bytes(range(256)),
     "first_row_longer.csv": b"a,b\n1,2,3\n4,5,6\n",  # no column may shift
     "last_row_longer.csv": b"a,b\n1,2\n4,5,6\n",
+    "no_known_encoding.csv": b"a,b\n\xff\xff,1\n",
     "damaged.zip": ZIP.replace(b"label", b"lapel"),  # only the check sum tells
 }
 
@@ -121,6 +130,11 @@ def data_dir(tmp_path, monkeypatch):
     folder.mkdir()
     monkeypatch.setattr(datasets, "DATA_DIR", folder)
     return folder
+
+
+def test_a_path_that_begins_with_a_tilde_may_be_no_users(data_dir):
+    with pytest.raises(UserError, match=r"~\$reviews\.csv does not exist"):
+        load(REVIEWS, "~$reviews.csv")
 
 
 @pytest.mark.parametrize("name", ["a.zip", "a.csv.zip"])
@@ -159,7 +173,7 @@ def server(tmp_path, data_dir):
 
 
 def check(frame):
-    """Verify a table as that of the Jena series, which has no hash."""
+    """Refuse a table without a column cat, as `check_jena` refuses one of another kind."""
     if "cat" not in frame.columns:
         raise ValueError("sent another table")
 
@@ -280,6 +294,13 @@ def test_an_existing_file_survives_a_failing_write(tmp_path, monkeypatch):
         stream.write("new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_name_that_is_no_text_comes_back_from_json(tmp_path):
+    name = "书\udcb5\udce7.csv"  # how Python names a file whose name has bytes of GB18030
+    write_json(tmp_path / "a.json", {"path": name})
+    content = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
+    assert content == {"path": name}
 
 
 # --- samples ------------------------------------------------------------------------------------

@@ -183,7 +183,7 @@ def test_the_linear_forecast_is_the_ridge_with_the_least_validation_error(weathe
     X = linear_features(inputs[weather.past(starts)], steps_a_day=1)
     Y = inputs[weather.future(starts), 0]
     solutions = [ridge(X[:100], Y[:100], penalty) for penalty in PENALTIES]
-    errors = [np.abs(Y[100:] - X[100:] @ W).mean() for W in solutions]
+    errors = [np.abs(Y[100::3] - X[100::3] @ W).mean() for W in solutions]  # every third decides
     best = np.argmin(errors)
     W_test = ridge(X, Y, PENALTIES[best])
     assert np.allclose(linear["train"].W, solutions[best])
@@ -361,8 +361,10 @@ def test_the_rate_has_fallen_to_a_twentieth_by_the_last_step(rnn_run):
 
 
 def test_the_band_holds_80_percent_of_the_validation_errors(saved, part_errors):
-    band = np.quantile(part_errors("validation"), [0.1, 0.9], axis=0)
-    assert np.allclose(saved["band"], band, atol=1e-5)
+    low, high = saved["band"]
+    errors = part_errors("validation")  # (n, horizon)
+    assert (errors < low).mean(axis=0) == pytest.approx([0.1, 0.1], abs=0.02)
+    assert (errors > high).mean(axis=0) == pytest.approx([0.1, 0.1], abs=0.02)
 
 
 def test_the_errors_of_a_part_by_hand():
@@ -411,10 +413,10 @@ def test_no_test_value_reaches_training(train, saved, days, tmp_path):
     torch.testing.assert_close(other["W"], saved["W"], rtol=1e-9, atol=1e-9)
 
 
-kept_results = {"all": [], "rnn": ["last.pt of temp_bi_lstm"]}
+KEPT = {"all": [], "rnn": ["last.pt of temp_bi_lstm"]}
 
 
-@pytest.mark.parametrize("model", kept_results)
+@pytest.mark.parametrize("model", KEPT)
 def test_a_run_removes_what_it_replaces_and_the_comparison_before_it_trains(
     model, train, tmp_path, monkeypatch
 ):
@@ -426,7 +428,7 @@ def test_a_run_removes_what_it_replaces_and_the_comparison_before_it_trains(
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, f"--model={model}")
     kept = [f"{path.name} of {path.parent.name}" for path in tmp_path.glob("*/*")]
-    assert kept == kept_results[model]
+    assert kept == KEPT[model]
 
 
 def test_a_resumed_run_is_the_run_left_alone(
@@ -461,12 +463,15 @@ def hours_path(tmp_path):
     return path
 
 
-def test_hours_are_tested_from_the_first_midnight(train, hours_path, tmp_path, read_json):
+def test_hours_are_tested_from_the_first_midnight(train, hours_path, tmp_path):
     run = train(tmp_path, "--freq=h", "--epochs=1", "--data", hours_path)
     predictions = pd.read_csv(run / "predictions.csv")
-    lead_24h = read_json(run / "metrics.json")["lead_24h"]
     assert predictions["Date Time"][0] == "07.01.2010 00:00:00"
-    assert lead_24h["persistence"] == 24
+
+
+def test_persistence_is_24_degrees_wrong_24_hours_ahead(train, hours_path, tmp_path, read_json):
+    run = train(tmp_path, "--freq=h", "--epochs=1", "--data", hours_path)
+    assert read_json(run / "metrics.json")["lead_24h"]["persistence"] == 24
 
 
 def test_an_epoch_shuffles_every_third_window_and_the_next_takes_others(

@@ -2,7 +2,7 @@
 
     python -m tools.report RUNS    RUNS: a folder of --out folders, one for each seed
 
-Runs that differ only in their seed, folder and device are one line: mean ± standard deviation.
+Runs with the same options but for seed, folder and device are one line: mean ± standard deviation.
 """
 
 import json
@@ -14,7 +14,7 @@ from support import options
 from support.files import UserError
 from support.run import title_of
 
-IGNORED = ("--seed", "--out", "--model", "--data", "--device")  # no setting of a run
+IGNORED = ("--seed", "--out", "--model", "--data", "--device")  # no part of the setting
 SCORES = {"accuracy": "准确率", "precision_macro": "宏精确率", "recall_macro": "宏召回率",
           "f1_macro": "宏 F1"}  # fmt: skip
 PARTS = {"segments": "7 天段", "daily_origins": "每日起报"}
@@ -39,7 +39,7 @@ def setting_of(content):
 def collect(root):
     """{"text": {(setting, model): [test scores]}, "temp": ...} of all runs under a folder.
 
-    The model "mean" of the task "text" is the last line of each comparison, the mean of all.
+    The last row of each comparison, the mean of the structures' probabilities, is a model "mean".
     """
     groups = {"text": defaultdict(list), "temp": defaultdict(list)}
     for path in sorted(root.rglob("metrics.json")):
@@ -71,7 +71,7 @@ def text_table(groups):
     """The lines of the classification runs."""
     rows = []
     for (setting, model), tests in groups.items():
-        row = {"设置": setting, "模型": title_of(model), "种子数": len(tests)}
+        row = {"设置": setting, "模型": title_of(model), "次数": len(tests)}
         for key, name in SCORES.items():
             row[name] = spread([test[key] for test in tests])
         rows.append(row)
@@ -105,7 +105,7 @@ def temp_table(groups):
 
 def temp_row(setting, model, tests):
     """One line: the errors of both parts; tests: "test" of metrics.json, or a baseline's errors."""
-    row = {"设置": setting, "模型": model, "种子数": len(tests)}
+    row = {"设置": setting, "模型": model, "次数": len(tests)}
     for part, part_name in PARTS.items():
         for key, error_name in ERRORS.items():
             row[f"{part_name}：{error_name}"] = spread([test[part][key] for test in tests], 3)
