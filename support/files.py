@@ -34,7 +34,7 @@ def whole_file(path, mode="wb", **options):
 
 def write_json(path, content):
     """Write a JSON file whole."""
-    # Names of files may hold bytes that are no text; they are written as \\udcXX.
+    # A file's name may hold bytes that are no text; they become escapes such as \udcb5.
     with whole_file(path, "w", encoding="utf-8", errors="backslashreplace") as stream:
         json.dump(content, stream, ensure_ascii=False, indent=2, allow_nan=False)
         stream.write("\n")
@@ -43,6 +43,5 @@ def write_json(path, content):
 def write_csv(path, frame):
     """Write a DataFrame as a CSV file, whole, in UTF-8 with BOM, so that Excel shows Chinese."""
     with whole_file(path, "w", encoding="utf-8-sig", newline="") as stream:
-        frame.to_csv(
-            stream, index=False, lineterminator="\r\n"
-        )  # so a text that holds \r is quoted
+        # With this line end, pandas quotes a text that holds \r.
+        frame.to_csv(stream, index=False, lineterminator="\r\n")

@@ -108,9 +108,7 @@ def pick_device(name):
         raise UserError(f"--device {name} is not one of auto, cpu, cuda, cuda:N")
     under_torchrun = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if under_torchrun and name.startswith("cuda:"):
-        raise UserError(
-            f"with --device {name} all processes would share one GPU; write --device cuda"
-        )
+        raise UserError(f"--device {name} would be the GPU of all processes; write --device cuda")
     own_gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     device = torch.device(own_gpu if name in ("auto", "cuda") else name)
     try:
@@ -162,9 +160,7 @@ def run_script(main):
         message = f"error: {error}"
         status = 2
     except KeyboardInterrupt:
-        message = (
-            "interrupted; if it was a training, --resume goes on after its last finished epoch"
-        )
+        message = "interrupted; --resume goes on after a training's last finished epoch"
         status = 130
     except (MemoryError, RuntimeError) as error:
         is_full = re.search(

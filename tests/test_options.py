@@ -106,7 +106,7 @@ def test_under_torchrun_no_process_falls_back_to_the_cpu(broken_gpu, monkeypatch
 def test_under_torchrun_a_numbered_gpu_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="would share one GPU"):
+    with pytest.raises(UserError, match="would be the GPU of all processes"):
         options.pick_device("cuda:0")
 
 
