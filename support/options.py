@@ -91,7 +91,7 @@ def parse(parser, arguments, presets):
         useless = changed - {"predict", "checkpoint", "device"}
         if useless:
             names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(useless))
-            raise UserError(f"without effect on --predict: {names}; leave out")
+            raise UserError(f"leave out {names}: no effect on --predict")
     return args
 
 
