@@ -66,6 +66,13 @@ def test_a_folder_without_runs_is_refused(tmp_path, run_main):
         run_main(report, tmp_path)
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"accuracy": 0.9}'])
+def test_a_file_of_another_program_is_refused_by_its_name(content, tmp_path, run_main):
+    (tmp_path / "metrics.json").write_text(content)
+    with pytest.raises(UserError, match=r"metrics\.json is no result"):
+        run_main(report, tmp_path)
+
+
 # --- bench --------------------------------------------------------------------------------------
 
 SHAPE = (3, 2, 4, 5)  # T, B, D, h

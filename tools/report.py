@@ -36,6 +36,15 @@ def setting_of(content):
     return f"{data_name} {content['data']['sha256'][:4]}: {' '.join(sorted(settings))}"
 
 
+def read_result(path):
+    """The content of a run's JSON file, and its setting. Raises UserError for another file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return content, setting_of(content)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no result of these scripts; move it away") from error
+
+
 def collect(root):
     """{"text": {(setting, model): [test scores]}, "temp": ...} of all runs under a folder.
 
@@ -43,12 +52,11 @@ def collect(root):
     """
     groups = {"text": defaultdict(list), "temp": defaultdict(list)}
     for path in sorted(root.rglob("metrics.json")):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        key = setting_of(content), content["model"]
-        groups[content["task"]][key].append(content["test"])
+        content, setting = read_result(path)
+        groups[content["task"]][setting, content["model"]].append(content["test"])
     for path in sorted(root.rglob("text_all/comparison.json")):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        groups["text"][setting_of(content), "mean"].append(content["rows"][-1])
+        content, setting = read_result(path)
+        groups["text"][setting, "mean"].append(content["rows"][-1])
     return groups
 
 
