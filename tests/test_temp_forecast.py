@@ -413,10 +413,10 @@ def test_no_test_value_reaches_training(train, saved, days, tmp_path):
     torch.testing.assert_close(other["W"], saved["W"], rtol=1e-9, atol=1e-9)
 
 
-KEPT = {"all": [], "rnn": ["last.pt of temp_bi_lstm"]}
+REMAINING = {"all": [], "rnn": ["last.pt of temp_bi_lstm"]}
 
 
-@pytest.mark.parametrize("model", KEPT)
+@pytest.mark.parametrize("model", REMAINING)
 def test_a_run_removes_what_it_replaces_and_the_comparison_before_it_trains(
     model, train, tmp_path, monkeypatch
 ):
@@ -427,8 +427,8 @@ def test_a_run_removes_what_it_replaces_and_the_comparison_before_it_trains(
     monkeypatch.setattr(temp_forecast, "train", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, f"--model={model}")
-    kept = [f"{path.name} of {path.parent.name}" for path in tmp_path.glob("*/*")]
-    assert kept == KEPT[model]
+    remaining = [f"{path.name} of {path.parent.name}" for path in tmp_path.glob("*/*")]
+    assert remaining == REMAINING[model]
 
 
 def test_a_resumed_run_is_the_run_left_alone(
