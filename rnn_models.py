@@ -37,8 +37,8 @@ def gru(inputs, state, params):
     """Gated recurrent unit (Cho et al. 2014): Z keeps the old state, R shows it to the candidate.
 
     inputs (T, B, D), state (H,) with H (B, h); returns outputs (T, B, Q) and the last state (H,).
-    The state is reset before the product with W_hh; torch.nn.GRU resets after it, which is another
-    function.
+    The state is reset before the product with W_hh; torch's own layer resets after it, which is
+    another function.
     """
     W_xz, W_hz, b_z, W_xr, W_hr, b_r, W_xh, W_hh, b_h, W_hq, b_q = params
     (H,) = state

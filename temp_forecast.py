@@ -46,7 +46,7 @@ PRESETS = {"lab": {  # the plain setting of the lab
     "base": "mean", "epochs": 20, "patience": 0, "lr": 1e-3, "fall_steps": 0, "average": 0.0,
     "dropout": 0.0,
 }}  # fmt: skip
-EPOCHS_HELP = "passes over the training windows at most; hourly, over every third window"
+EPOCHS_HELP = "epochs at most; on hourly steps each takes every third training window"
 STEP_HELP = "an hour or a day; of several values in a step the first one counts"
 BASE_HELP = "what the network corrects: a ridge regression, or just the training mean"
 
@@ -542,7 +542,7 @@ def test(run, model, weather, bases, linear, data):
 
     bases: "train" and "test", as `fit_linear` gives them. The band is that of the validation errors
     with the first, which has not seen the validation windows; the test forecasts have the second.
-    linear: the ridge regression of the table, another base only with --base mean.
+    linear: the ridge regression of the table; without --base mean it is the second, too.
     """
     base = bases["test"]
     validation = weather.starts["validation"]

@@ -44,7 +44,7 @@ MAX_TOKENS = 256  # longer texts are cut
 BLANKS = "\ufeff \t\r\n\u3000"  # stripped from both ends of a text; some reviews begin with \ufeff
 CURVE_ROWS = 5000  # training rows, at most, on which the curves' training loss is measured
 REACH = 40  # tokens over which the gradient's reach is measured
-PRESETS = {"lab": {  # the plain setting of the lab; dropout stays
+PRESETS = {"lab": {  # the plain setting of the lab; the dropout stays
     "tokens": "word", "pool": "last", "epochs": 20, "patience": 0, "lr": 1e-3, "fall_steps": 0,
     "weight_decay": 1e-4, "average": 0.0, "label_smoothing": 0.0, "word_dropout": 0.0,
 }}  # fmt: skip
@@ -72,7 +72,7 @@ def parse_args(arguments=None):
     add("--pool", choices=POOLS, default="max", help="how a text's states become one")
     add("--dropout", type=share, default=0.4, help="share of inputs and pooled states set to 0")
     add("--word-dropout", type=share, default=0.2, help="share of words hidden in training")
-    add("--label-smoothing", type=share, default=0.1, help="share of the target spread evenly")
+    add("--label-smoothing", type=share, default=0.1, help="share of target spread over classes")
     add("--epochs", type=count, default=20, help="passes over the training rows at most")
     add("--patience", type=count_or_0, default=3, help=options.PATIENCE_HELP)
     add("--batch-size", type=count, default=64, help="texts in one step")
@@ -251,8 +251,8 @@ class Corpus:
 
     def batch(self, rows):
         """tokens (T, B, aspects), padded to the longest, lengths (B,) and labels (B,)."""
-        texts = [self.ids[row] for row in rows.tolist()]
-        tokens = pad_sequence(texts, padding_value=PAD)
+        ids = [self.ids[row] for row in rows.tolist()]
+        tokens = pad_sequence(ids, padding_value=PAD)
         batch = (tokens, self.lengths[rows], self.labels[rows])
         # non_blocking: a GPU's earlier steps are not waited for.
         return [tensor.to(self.device, non_blocking=True) for tensor in batch]

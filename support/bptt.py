@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 # `.grad_input` is the variant that writes dA into the tensor given as grad_input.
 sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
 tanh_backward = torch.ops.aten.tanh_backward.grad_input
+new_tanh_backward = torch.ops.aten.tanh_backward.default  # returns dA as a new tensor
 MINUS_ONE = torch.tensor(-1.0)
 
 
@@ -185,7 +186,7 @@ class LSTM(Function):
             A, IFO, I, F, O, C_tilde = sums[t]
             H_new, C_new, tanh_C = results[t]
             # I = s(X W_xi + H_prev W_hi + b_i), F and O likewise
-            # Of one direction, A is one block: in place is faster. Of two, it is two blocks.
+            # In place is faster where A is one block of storage; with two directions it is two.
             A_new = A.baddbmm_(H, W_h) if G == 1 else torch.baddbmm(A, H, W_h)  # (G, B, 4h)
             torch.sigmoid(A_new[..., : 3 * h], out=IFO)
             # C~ = tanh(X W_xc + H_prev W_hc + b_c)
@@ -215,7 +216,7 @@ class LSTM(Function):
             dH_out, dA, dIFO, dI, dF, dO, dA_c = gradients[t]
             # dH = dH_out + dH_next;  dC = dH * O * (1 - tanh(C)^2) + dC_next
             dH = dH_out + dH_next
-            dC = torch.ops.aten.tanh_backward(dH * O, tanh_C) + dC_next
+            dC = new_tanh_backward(dH * O, tanh_C) + dC_next
             # dI = dC * C~;  dF = dC * C_prev;  dO = dH * tanh(C)
             torch.mul(dC, C_tilde, out=dI)
             torch.mul(dC, C_prev, out=dF)

@@ -263,7 +263,7 @@ class Run:
             "options": self.options,
             "history": self.history,
             "best": self.best,
-            "states": {name: each.state_dict() for name, each in self.stateful.items()},
+            "states": {name: target.state_dict() for name, target in self.stateful.items()},
         }
         # The checkpoint first: the epoch stays even if Excel has the table open (Windows).
         save_checkpoint(self.folder / "last.pt", last)

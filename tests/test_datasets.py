@@ -106,7 +106,6 @@ UNFIT = {
     "picture.csv": b"\x89PNG\r\n\x1a\n" + bytes(range(256)),
     "first_row_longer.csv": b"a,b\n1,2,3\n4,5,6\n",  # no column may shift
     "last_row_longer.csv": b"a,b\n1,2\n4,5,6\n",
-    "no_known_encoding.csv": b"a,b\n\xff\xff,1\n",
     "damaged.zip": ZIP.replace(b"label", b"lapel"),  # only the check sum tells
 }
 
@@ -118,6 +117,13 @@ def test_an_unfit_file_is_refused_by_its_name_in_one_line(tmp_path, name):
     with pytest.raises(UserError, match=name) as error:
         load(REVIEWS, path)
     assert "\n" not in str(error.value)
+
+
+def test_a_file_in_no_known_encoding_is_refused_with_advice(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"a,b\n\xff\xff,1\n")
+    with pytest.raises(UserError, match="save it as UTF-8"):
+        load(REVIEWS, path)
 
 
 # --- folders ------------------------------------------------------------------------------------

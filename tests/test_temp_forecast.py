@@ -454,24 +454,29 @@ def test_a_resumed_run_is_the_run_left_alone(
 # --- hours --------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def hours_path(tmp_path):
+@module_fixture
+def hours_path(tmp_path_factory):
     """A CSV of 10,000 hours from 5 o'clock on, each a degree warmer than the one before."""
-    path = tmp_path / "hours.csv"
+    path = tmp_path_factory.mktemp("hours") / "hours.csv"
     index = pd.date_range("2009-01-01 05:00", periods=10_000, freq="h", name="Date Time")
     pd.DataFrame({"T (degC)": range(10_000)}, index).to_csv(path)
     return path
 
 
-def test_hours_are_tested_from_the_first_midnight(train, hours_path, tmp_path):
-    run = train(tmp_path, "--freq=h", "--epochs=1", "--data", hours_path)
-    predictions = pd.read_csv(run / "predictions.csv")
+@module_fixture
+def hours_run(train, hours_path, tmp_path_factory):
+    """The folder of a run of one epoch on the hours."""
+    folder = tmp_path_factory.mktemp("hours_run")
+    return train(folder, "--freq=h", "--epochs=1", "--data", hours_path)
+
+
+def test_hours_are_tested_from_the_first_midnight(hours_run):
+    predictions = pd.read_csv(hours_run / "predictions.csv")
     assert predictions["Date Time"][0] == "07.01.2010 00:00:00"
 
 
-def test_persistence_is_24_degrees_wrong_24_hours_ahead(train, hours_path, tmp_path, read_json):
-    run = train(tmp_path, "--freq=h", "--epochs=1", "--data", hours_path)
-    assert read_json(run / "metrics.json")["lead_24h"]["persistence"] == 24
+def test_persistence_is_24_degrees_wrong_24_hours_ahead(hours_run, read_json):
+    assert read_json(hours_run / "metrics.json")["lead_24h"]["persistence"] == 24
 
 
 def test_an_epoch_shuffles_every_third_window_and_the_next_takes_others(
