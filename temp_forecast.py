@@ -42,10 +42,17 @@ PENALTIES = 10.0 ** np.arange(-1, 6)  # that the ridge regression tries
 BASELINES = ("persistence", "seasonal_naive", "climatology", "linear")  # beside the model
 BAND = (0.1, 0.9)  # quantiles of the validation errors: the 80 % band
 CURVE_WINDOWS = 2000  # training windows on which the curves' training error is measured
-PRESETS = {"lab": {  # the plain setting of the lab
-    "base": "mean", "epochs": 20, "patience": 0, "lr": 1e-3, "fall_steps": 0, "average": 0.0,
-    "dropout": 0.0,
-}}  # fmt: skip
+PRESETS = {
+    "lab": {  # the plain setting of the lab
+        "base": "mean",
+        "epochs": 20,
+        "patience": 0,
+        "lr": 1e-3,
+        "fall_steps": 0,
+        "average": 0.0,
+        "dropout": 0.0,
+    }
+}
 EPOCHS_HELP = "epochs at most; on hourly steps each takes every third training window"
 STEP_HELP = "an hour or a day; of several values in a step the first one counts"
 BASE_HELP = "what the network corrects: a ridge regression, or just the training mean"

@@ -44,10 +44,18 @@ MAX_TOKENS = 256  # longer texts are cut
 BLANKS = "\ufeff \t\r\n\u3000"  # stripped from both ends of a text; some reviews begin with \ufeff
 CURVE_ROWS = 5000  # training rows, at most, on which the curves' training loss is measured
 REACH = 40  # tokens over which the gradient's reach is measured
-PRESETS = {"lab": {  # the plain setting of the lab; the dropout stays
-    "tokens": "word", "pool": "last", "epochs": 20, "patience": 0, "lr": 1e-3, "fall_steps": 0,
-    "weight_decay": 1e-4, "average": 0.0, "label_smoothing": 0.0, "word_dropout": 0.0,
-}}  # fmt: skip
+PRESETS = {
+    "lab": {  # the plain setting of the lab; the dropout stays
+        "tokens": "word",
+        "pool": "last",
+        "epochs": 20,
+        "patience": 0,
+        "lr": 1e-3,
+        "fall_steps": 0,
+        "weight_decay": 1e-4,
+        "average": 0.0,
+    }
+}
 
 TOKENS = ("word", "word+char", "word+char+pair")
 SPLIT_HELP = "the assignment's rows, or 70/15/15 %% of each class at random"
@@ -71,8 +79,6 @@ def parse_args(arguments=None):
     add("--hidden", type=count, default=128, help="hidden units h of one direction")
     add("--pool", choices=POOLS, default="max", help="how a text's states become one")
     add("--dropout", type=share, default=0.4, help="share of inputs and pooled states set to 0")
-    add("--word-dropout", type=share, default=0.2, help="share of words hidden in training")
-    add("--label-smoothing", type=share, default=0.1, help="share of target spread over classes")
     add("--epochs", type=count, default=20, help="passes over the training rows at most")
     add("--patience", type=count_or_0, default=3, help=options.PATIENCE_HELP)
     add("--batch-size", type=count, default=64, help="texts in one step")
@@ -317,23 +323,6 @@ def build_model(config):
 # --- training -----------------------------------------------------------------------------------
 
 
-def hide_words(tokens, probability):
-    """A copy of tokens (T, B, aspects) in which each word is UNK with this probability.
-
-    One draw decides for all characters of a word, and for equal words side by side. Other aspects
-    of a token stay.
-    """
-    words = tokens[:, :, 0]  # (T, B); the word is the first aspect
-    # A new word begins where the id changes: the words of the ids 7 7 8 9 9 are 0 0 1 2 2.
-    is_new = words.diff(dim=0, prepend=words[:1]) != 0
-    number = is_new.cumsum(dim=0)  # of the word in its text, (T, B)
-    draws = torch.rand(words.shape, device=words.device)
-    is_hidden = draws.gather(0, number) < probability
-    partly_hidden = tokens.clone()
-    partly_hidden[:, :, 0] = words.masked_fill(is_hidden, UNK)  # padding, too; it is never read
-    return partly_hidden
-
-
 def make_config(args, cell, reviews, vocabularies):
     """What best.pt holds beside the weights."""
     sizes = {
@@ -376,9 +365,8 @@ def train(args, config, reviews, corpus):
         model.train()
         for rows in run.progress(corpus.shuffled(train_rows, args.batch_size)):
             tokens, lengths, labels = corpus.batch(rows)
-            tokens = hide_words(tokens, args.word_dropout)
             logits = parallel_model(tokens, lengths)  # (B, K)
-            loss = F.cross_entropy(logits, labels, label_smoothing=args.label_smoothing)
+            loss = F.cross_entropy(logits, labels)
             optimizer.zero_grad()
             loss.backward()  # back-propagation through time
             grad_clipping(model.parameters(), args.clip)
@@ -408,7 +396,7 @@ def probabilities(model, corpus, rows):
 def validate(model, corpus, reviews, curve_rows):
     """Scores of an epoch: on validation rows and, for the curves, on some training rows.
 
-    The cross-entropies are without label smoothing and dropout, so that they compare.
+    The cross-entropies are without dropout, so that they compare.
     """
     scores = {}
     for part, rows in (("train", curve_rows), ("validation", reviews.split["validation"])):

@@ -235,19 +235,6 @@ def test_dropout_hides_half_of_the_pooled_states():
     assert 30 < unused.sum() < 70
 
 
-def test_a_share_of_the_words_is_hidden_each_whole_and_by_itself():
-    words = torch.tensor([7, 7, 7, 8, 9, 9])
-    tokens = words[:, None, None].expand(6, 1000, 2)  # 1000 equal texts
-    hidden_words, characters = text_classify.hide_words(tokens, 0.3).unbind(2)
-    is_hidden = hidden_words == 1  # (6, 1000)
-    first, second, third = is_hidden[[0, 3, 4]]
-    assert is_hidden.equal(torch.stack([first, first, first, second, third, third]))
-    assert is_hidden.double().mean().item() == pytest.approx(0.3, abs=0.05)
-    assert (first & second).double().mean().item() == pytest.approx(0.09, abs=0.04)
-    assert hidden_words[~is_hidden].equal(tokens[:, :, 0][~is_hidden])
-    assert characters.equal(tokens[:, :, 1])
-
-
 def test_the_gradient_of_a_linear_network_halves_with_every_step():
     model = make_model()
     model.recurrence.W_xh.data *= 1e-4  # tanh(x) = x for small x
@@ -458,15 +445,6 @@ def test_weights_decay_and_gradients_are_clipped(train, tmp_path):
 def test_a_run_stops_after_epochs_without_a_better_score(train, tmp_path):
     folder = train(tmp_path, "rnn", "--epochs 9 --patience 2 --average 0 --lr 1e-12")
     assert len(pd.read_csv(folder / "history.csv")) == 3
-
-
-@pytest.mark.parametrize("option", ["--label-smoothing", "--word-dropout"])
-def test_smoothed_labels_and_hidden_words_keep_a_model_from_being_sure(option, train, tmp_path):
-    losses = []
-    for share in (0, 0.9):
-        folder = train(tmp_path, "gru", f"--epochs 3 --tokens word {option} {share}")
-        losses.append(pd.read_csv(folder / "history.csv").train_loss.min())
-    assert losses[0] < losses[1] - 0.1
 
 
 def test_weights_that_overflow_end_a_run(train, tmp_path):
