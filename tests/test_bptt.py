@@ -56,7 +56,9 @@ def test_states_and_gradients_are_those_of_the_loop(cell, size, dtype):
     by_fast_form = states_and_gradients(recurrence, inputs, lengths)
     recurrence.use_fast_form = False
     by_loop = states_and_gradients(recurrence, inputs, lengths)
-    assert_close(by_fast_form, by_loop)
+    # In single precision a gradient is a sum of 210 rounded terms, added in another order.
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-7
+    assert_close(by_fast_form, by_loop, rtol=tolerance, atol=tolerance)
 
 
 def random(*shape):
