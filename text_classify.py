@@ -40,7 +40,7 @@ from support.options import count, count_or_0, positive, share
 PAD = 0  # the id behind a text's end
 UNK = 1  # the id of a token that is not in the vocabulary
 MIN_FREQ = {"word": 2, "char": 2, "pair": 20}  # rarer tokens are UNK
-MAX_TOKENS = 256  # longer texts are cut
+MAX_TOKENS = 256  # longer texts are truncated
 BLANKS = "\ufeff \t\r\n\u3000"  # stripped from both ends of a text; some reviews begin with \ufeff
 CURVE_ROWS = 5000  # training rows, at most, on which the curves' training loss is measured
 REACH = 40  # tokens over which the gradient's reach is measured
@@ -305,9 +305,9 @@ class TextClassifier(nn.Module):
 
     def classify(self, inputs, lengths):
         """Logits (B, K) of embedded inputs (T, B, D) of lengths (B,)."""
-        states = self.recurrence(inputs, lengths)  # (T, B, h)
+        states = self.recurrence(inputs, lengths)  # (T, B, h), of "bi_lstm" (T, B, 2h)
         is_bidirectional = num_directions(self.recurrence.cell) == 2
-        pooled = pool_states(states, lengths, self.pool, is_bidirectional)  # (B, h)
+        pooled = pool_states(states, lengths, self.pool, is_bidirectional)  # (B, h or 2h)
         return self.recurrence.output(self.dropout(pooled))
 
     def forward(self, tokens, lengths):
