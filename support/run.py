@@ -17,7 +17,7 @@ from tqdm import tqdm
 from support import plots
 from support.files import UserError, whole_file, write_csv, write_json
 
-FORMAT = 10  # of the checkpoints; raise it when what they hold or how training goes changes
+FORMAT = 10  # of the checkpoints; raise it when their content or the training changes
 # What a run or a comparison leaves in its folder.
 RESULTS = (
     "last.pt", "best.pt", "metrics.json", "history.csv", "predictions.csv", "curves.png",
